@@ -1,8 +1,8 @@
 """Random draws keyed by (seed, sample index, purpose), the same on any device, rank, batch size and moment.
 
-A draw is a hash of its key (SplitMix64: Steele et al., "Fast splittable pseudorandom number generators", 2014), so there is
-no generator state to save, to seed per rank or to restore: noise, sigma, caption dropout, crop and flip of a sample are functions
-of the sample alone.
+A draw is a hash of its key (SplitMix64: Steele et al., "Fast splittable pseudorandom number generators", 2014), so there
+is no generator state to save, to seed per rank or to restore: noise, sigma, caption dropout, crop and flip of a sample are
+functions of the sample alone.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def _shift_right(x: Tensor, n: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 tensors; multiplication wraps, as it must."""
+    """SplitMix64's finalizer on int64 tensors; multiplication wraps, as it must."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
@@ -43,8 +43,8 @@ class KeyedRandom:
         seed: the run's seed.
         index: (B,) int64, which sample each row is: its position in the run's sample sequence, or a prompt's index.
 
-    Every method takes a `purpose` ("noise", "caption_dropout", ...): two purposes never share a draw, and asking twice for the
-    same purpose and shape gives the same numbers.
+    Every method takes a `purpose` ("noise", "caption_dropout", ...): two purposes never share a draw, and asking twice for
+    the same purpose and shape gives the same numbers.
     """
 
     def __init__(self, seed: int, index: Tensor) -> None:
@@ -65,8 +65,8 @@ class KeyedRandom:
     def normal(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) float32, standard normal (Box-Muller, both branches).
 
-        Computed in float64 and rounded once: the last bit of a vectorised float32 cosine depends on where in memory an element
-        lies, and a sample's noise must not depend on its neighbours.
+        Computed in float64 and rounded once: the last bit of a vectorized float32 cosine depends on where in memory an
+        element lies, and a sample's noise must not depend on its neighbors.
         """
         n = math.prod(shape)
         bits = self._hash(purpose, (n + 1) // 2)

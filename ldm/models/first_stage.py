@@ -1,0 +1,57 @@
+"""Where diffusion meets pixels: the frozen first stage. One of the two places that look into a batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.batch import Batch, to_unit
+from ldm.keyed_random import KeyedRandom
+from ldm.models.autoencoder import AutoencoderKL
+
+
+class FirstStage(nn.Module):
+    """A frozen autoencoder and its latents' statistics: diffusion works on (z - mean) / std.
+
+    Args:
+        autoencoder: trained; it is frozen and put in evaluation mode here.
+        mean, std: per latent channel, measured over the training data. std > 0.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
+
+    def train(self, mode: bool = True) -> "FirstStage":
+        return super().train(False)  # frozen: whatever the trainer says
+
+    @torch.no_grad()
+    def latents(self, batch: Batch, random: KeyedRandom) -> Tensor:
+        """(B, z, h, w): a sample of the posterior, normalized. The posterior's noise is the sample's own."""
+        posterior = self.autoencoder.encode(to_unit(batch["image"]))
+        noise = random.normal("posterior", posterior.mean.shape[1:])
+        return (posterior.sample(noise) - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, z, h, w) normalized latents -> (B, 3, H, W) images, about in [-1, 1]."""
+        return self.autoencoder.decode(z * self.std + self.mean)
+
+    def latent_shape(self, side: int) -> tuple[int, int, int]:
+        return self.autoencoder.latent_shape(side)
+
+
+class Pixels(nn.Module):
+    """Diffusion in pixel space (DDPM, GLIDE, Imagen): the identity as a first stage."""
+
+    def latents(self, batch: Batch, random: KeyedRandom) -> Tensor:
+        """(B, 3, H, W) in [-1, 1]."""
+        return to_unit(batch["image"])
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z
+
+    def latent_shape(self, side: int) -> tuple[int, int, int]:
+        return 3, side, side

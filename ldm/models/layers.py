@@ -1,0 +1,120 @@
+"""Blocks that the networks share.
+
+Shapes: B batch, C channels, H x W grid, N = H*W grid tokens, L context tokens, D token width, E noise-embedding width.
+Module names follow CompVis' latent-diffusion, so that its checkpoints' keys are ours.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The same module with weights and bias at zero: a residual branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def sinusoidal(x: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """(B,) -> (B, width): cosines then sines at geometric frequencies (DDPM, appendix B)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = x.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2) by a strided 3x3 convolution, padded on both sides (U-Net)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbor, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to a context, or to x itself.
+
+    Args:
+        width: of x.
+        heads, head_dim: the inner width is heads * head_dim.
+        context_width: of the context; None for self-attention.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int, context_width: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_k = nn.Linear(context_width or width, heads * head_dim, bias=False)
+        self.to_v = nn.Linear(context_width or width, heads * head_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * head_dim, width))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (B, N, width); context: (B, L, context_width); mask: (B, L) bool, True may be attended to."""
+        context = x if context is None else context
+        q, k, v = (
+            rows.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, head_dim)
+            for rows in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with GELU (Shazeer, "GLU variants improve transformer")."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, mult: int = 4) -> None:
+        super().__init__()
+        # the Identity keeps CompVis' index: a dropout stood there
+        self.net = nn.Sequential(GEGLU(width, mult * width), nn.Identity(), nn.Linear(mult * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention (when there is a context), feed-forward."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, context_width: int | None = None) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads, head_dim)
+        if context_width is not None:
+            self.norm2 = nn.LayerNorm(width)
+            self.attn2 = Attention(width, heads, head_dim, context_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+        self.cross = context_width is not None
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (B, N, width). With a context, `mask` (B, L) is the context's; without, it is x's own (B, N)."""
+        x = x + self.attn1(self.norm1(x), mask=None if self.cross else mask)
+        if self.cross:
+            x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))

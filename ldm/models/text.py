@@ -1,0 +1,67 @@
+"""Text encoders: captions -> token states, their mask, and a pooled vector."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.layers import TransformerBlock
+
+
+@cache
+def _bpe() -> Any:  # open_clip is imported here: it takes seconds, and only text needs it
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+class TransformerText(nn.Module):
+    """A bidirectional transformer trained together with the denoiser, as in the LDM paper's text-to-image model.
+
+    Tokens are CLIP's byte-pair encoding; its vocabulary ships inside open_clip. A caption past `context_length` tokens
+    is cut, its last token kept as the end-of-text token.
+
+    Args:
+        width: of the token states (D) and of the pooled vector.
+        layers, heads: of the transformer.
+        context_length: L, start and end tokens included.
+        embed_width: width of the token embedding before it is projected to `width` (ALBERT's factorization): the
+            vocabulary of 49,408 is most of a small model's weights. None: `width`, without a projection.
+    """
+
+    def __init__(
+        self, width: int, layers: int, heads: int, context_length: int = 77, embed_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.width, self.context_length = width, context_length
+        self.embed = nn.Embedding(_bpe().vocab_size, embed_width or width)
+        self.project = nn.Linear(embed_width, width, bias=False) if embed_width else nn.Identity()
+        self.position = nn.Parameter(torch.empty(context_length, width))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, width // heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.embed.weight, std=0.02 if embed_width is None else embed_width**-0.5)
+        nn.init.normal_(self.position, std=0.02)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids (B, L) int64, padded with 0, and mask (B, L) bool, True on start, text and end tokens."""
+        bpe = _bpe()
+        rows = [[bpe.sot_token_id, *bpe.encode(caption), bpe.eot_token_id] for caption in captions]
+        rows = [row if len(row) <= self.context_length else [*row[: self.context_length - 1], row[-1]] for row in rows]
+        ids = torch.zeros(len(rows), self.context_length, dtype=torch.int64)
+        mask = torch.zeros(len(rows), self.context_length, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = True
+        return ids, mask
+
+    def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens (B, L, width), mask (B, L) bool, vector (B, width): the state of the end-of-text token."""
+        ids, mask = (t.to(self.position.device) for t in self.tokenize(captions))
+        x = self.project(self.embed(ids)) + self.position
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        x = self.norm(x)
+        end = mask.sum(dim=1) - 1
+        return x, mask, x[torch.arange(len(x), device=x.device), end]

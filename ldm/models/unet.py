@@ -1,0 +1,204 @@
+"""The U-Net of latent diffusion (Rombach et al. 2022, as in Stable Diffusion), sized by its arguments.
+
+Shapes: x (B, in_channels, H, W) -> (B, out_channels, H, W); c_noise (B,); cond.tokens (B, L, context_channels).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioning
+from ldm.errors import UserError
+from ldm.models.layers import Downsample, TransformerBlock, Upsample, sinusoidal, zero
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around an added noise embedding; the second starts at zero."""
+
+    def __init__(self, channels: int, out_channels: int, embed_channels: int, groups: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # keeps CompVis' index: a dropout stood there
+            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the grid's tokens, each with cross-attention to the context; starts as the identity."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, depth: int, context_channels: int, groups: int,
+                 linear: bool) -> None:  # fmt: skip
+        super().__init__()
+        self.linear = (
+            linear  # SD v1 projects by 1x1 convolutions, SD v2 and SDXL by linear layers: the same mathematics
+        )
+        inner = heads * head_dim
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(inner, heads, head_dim, context_channels) for _ in range(depth)
+        )
+        self.proj_out = zero(nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        _, _, height, width = x.shape
+        h = self.norm(x)
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, N, C)
+        if self.linear:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, cond.tokens, cond.mask)
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, (height, width))
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class Stage(nn.ModuleList):
+    """Layers in a row, each given what it takes."""
+
+    def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, embedding)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, cond)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """A backbone: (x_in, c_noise, cond) -> F.
+
+    Args:
+        in_channels: latent channels plus those of cond.spatial.
+        out_channels: latent channels.
+        channels: width of the first level.
+        multipliers: width of each level over `channels`; the grid halves between levels.
+        blocks: residual blocks per level on the way down (one more on the way up).
+        depths: transformer blocks after each residual block of a level; 0 for none.
+        middle_depth: transformer blocks in the middle.
+        context_channels: width of cond.tokens.
+        heads, head_dim: give one: SD v1 fixes the number of heads (8), SD v2 and SDXL their width (64).
+        linear: project into the transformers by linear layers (SD v2, SDXL) in place of 1x1 convolutions (SD v1).
+        vector_channels: width of cond.vector, added to the noise embedding; 0 takes none.
+        groups: of the group normalizations.
+        noise_scale: factor on c_noise before its sinusoidal embedding: 1 for step indices, about 1000 for t in [0, 1].
+
+    Raises:
+        UserError: when the arguments do not fit each other, or an input does not fit the network.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        depths: Sequence[int],
+        middle_depth: int,
+        context_channels: int,
+        heads: int | None = None,
+        head_dim: int | None = None,
+        linear: bool = False,
+        vector_channels: int = 0,
+        groups: int = 32,
+        noise_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if len(depths) != len(multipliers):
+            raise UserError(f"unet: {len(depths)} depths for {len(multipliers)} multipliers; give one depth a level")
+        if (heads is None) == (head_dim is None):
+            raise UserError(f"unet: heads={heads} and head_dim={head_dim}; give exactly one of the two")
+        if channels % groups:
+            raise UserError(f"unet: {channels} channels do not divide into {groups} groups; change channels or groups")
+        self.in_channels, self.channels, self.vector_channels = in_channels, channels, vector_channels
+        self.noise_scale, self.factor = noise_scale, 2 ** (len(multipliers) - 1)
+        embed = 4 * channels
+
+        def residual(width: int, out: int) -> ResBlock:
+            return ResBlock(width, out, embed, groups)
+
+        def transformer(width: int, depth: int) -> list[SpatialTransformer]:
+            if depth == 0:
+                return []
+            n = heads if heads is not None else width // head_dim
+            return [SpatialTransformer(width, n, width // n, depth, context_channels, groups, linear)]
+
+        self.time_embed = nn.Sequential(nn.Linear(channels, embed), nn.SiLU(), nn.Linear(embed, embed))
+        if vector_channels:
+            self.label_emb = nn.Sequential(nn.Linear(vector_channels, embed), nn.SiLU(), nn.Linear(embed, embed))
+
+        width = channels
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, width, 3, padding=1)])])
+        skips = [width]
+        for level, (mult, depth) in enumerate(zip(multipliers, depths, strict=True)):
+            for _ in range(blocks):
+                self.input_blocks.append(
+                    Stage([residual(width, mult * channels), *transformer(mult * channels, depth)])
+                )
+                width = mult * channels
+                skips.append(width)
+            if level < len(multipliers) - 1:
+                self.input_blocks.append(Stage([Downsample(width)]))
+                skips.append(width)
+
+        self.middle_block = Stage([residual(width, width), *transformer(width, middle_depth), residual(width, width)])
+
+        self.output_blocks = nn.ModuleList()
+        for level, (mult, depth) in reversed(list(enumerate(zip(multipliers, depths, strict=True)))):
+            for i in range(blocks + 1):
+                out = mult * channels
+                stage = Stage([residual(width + skips.pop(), out), *transformer(out, depth)])
+                width = out
+                if level > 0 and i == blocks:
+                    stage.append(Upsample(width))
+                self.output_blocks.append(stage)
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(groups, width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Tensor:
+        self._check(x, cond)
+        embedding = self.time_embed(sinusoidal(c_noise * self.noise_scale, self.channels).to(x.dtype))
+        if self.vector_channels:
+            embedding = embedding + self.label_emb(cond.vector)
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, embedding, cond)
+            skips.append(x)
+        x = self.middle_block(x, embedding, cond)
+        for stage in self.output_blocks:
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, cond)
+        return self.out(x)
+
+    def _check(self, x: Tensor, cond: Conditioning) -> None:
+        _, channels, height, width = x.shape
+        if channels != self.in_channels:
+            raise UserError(
+                f"unet: the input has {channels} channels, the network takes {self.in_channels} (in_channels)"
+            )
+        if height % self.factor or width % self.factor:
+            raise UserError(f"unet: the input is {height}x{width}; both sides must be multiples of {self.factor}")
+        if self.vector_channels and cond.vector.shape[1] != self.vector_channels:
+            raise UserError(
+                f"unet: cond.vector has {cond.vector.shape[1]} features, the network takes {self.vector_channels} "
+                "(vector_channels)"
+            )
