@@ -1,0 +1,34 @@
+"""The network in its parameterization's coat: everything outside sees only an estimate of x0."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioning
+from ldm.diffusion.parameterization import Parameterization
+
+DenoiseFn = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), sigma (B,)) -> x0_hat: the only thing a solver sees
+
+
+class Denoiser(nn.Module):
+    """D(x; σ, cond) = c_skip·x + c_out·F(c_in·x, c_noise, cond) (Karras et al. 2022, equation 7).
+
+    Args:
+        backbone: F, called as (x_in (B, C + S, H, W), c_noise (B,), cond) -> (B, C, H, W).
+        parameterization: what F predicts.
+    """
+
+    def __init__(self, backbone: nn.Module, parameterization: Parameterization) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.parameterization = parameterization
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """x: (B, C, H, W) = x0 + σ·noise; sigma: (B,) or a scalar. Returns x0_hat, (B, C, H, W) float32."""
+        # The coat stays float32 around a bfloat16 F: autocast leaves products alone and c_out·F promotes. Predicting
+        # noise, c_skip·x and c_out·F nearly cancel at large σ: in bfloat16 x0 would be lost.
+        x = x.float()
+        coefficients = self.parameterization.coefficients(sigma.float().expand(x.shape[0]))
+        c_skip, c_out, c_in = (c.view(-1, 1, 1, 1) for c in coefficients[:3])
+        prediction = self.backbone(cond.concat_to(c_in * x), coefficients.c_noise, cond)
+        return c_skip * x + c_out * prediction
