@@ -1,0 +1,256 @@
+"""Everything that knows Hydra outside the entry points: compose, refuse in one line, build objects, read a run back.
+
+torch is imported only inside the functions that need it: a refused command line answers at once.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm.models.first_stage import FirstStage
+    from ldm.training.base import TrainingModule
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# `_target_` can name any callable of any package (builtins.open, shutil.rmtree ...): only these are built
+ALLOWED_TARGETS = ("ldm.", "pytorch_lightning.", "torch.nn.", "torch.optim.", "torchmetrics.")
+
+
+def entry_point(
+    config_name: str, prepare: Callable[[list[str]], None] | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """hydra.main, with every mistake a user can make printed as one line and exit code 2.
+
+    HYDRA_FULL_ERROR=1 shows the traceback instead.
+
+    Args:
+        config_name: of the primary config.
+        prepare: called with the command line's arguments before the config is composed.
+    """
+
+    def wrap(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def job(cfg: DictConfig) -> None:
+            with mistakes_in_one_line(show_traceback):
+                check(cfg)
+                main(cfg)
+
+        def run() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing and exiting
+            with mistakes_in_one_line(show_traceback):
+                if prepare is not None:
+                    prepare(sys.argv[1:])
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
+
+        show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+        return run
+
+    return wrap
+
+
+@contextmanager
+def mistakes_in_one_line(show_traceback: bool) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None or show_traceback:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a user's mistake; None for anything else, which keeps its traceback."""
+    for cause in _causes(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, MissingConfigException) and cause.options is not None:
+            name = str(cause.missing_cfg_file)
+            return f"there is no {name}{_nearest(name.rpartition('/')[2], cause.options)}"
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:
+            names = _groups() if "/" in str(cause.key) else [str(key) for key in cause.parent_node]
+            return f"unknown key {cause.full_key}{_nearest(str(cause.key), names)}"
+        if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
+            wrong = re.search(r"unexpected keyword argument '(\w+)'|missing \d+ required .*", str(cause))
+            if wrong:
+                return f"{str(error).rpartition('full_key: ')[2]}: {cause}"
+    if isinstance(error, (ConfigCompositionException, OmegaConfBaseException, HydraException)) and not isinstance(
+        error, InstantiationException
+    ):
+        return " ".join(str(error).split())
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The innermost first: that is where it went wrong."""
+    if error is not None:
+        yield from _causes(error.__cause__ or error.__context__)
+        yield error
+
+
+def _groups() -> list[str]:
+    return [folder.relative_to(CONFIGS).as_posix() for folder in CONFIGS.rglob("*") if folder.is_dir()]
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(names))}"
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses what Hydra lets through: a missing value, a new top-level key, a `_target_` outside ALLOWED_TARGETS.
+
+    Raises:
+        UserError
+    """
+    missing = [path for path, value in leaves(cfg) if value == "???"]
+    if missing:
+        hint = " (an experiment=... gives them)" if "name" in missing else ""
+        raise UserError(f"{missing[0]} is required: give {' '.join(f'{key}=...' for key in missing)}{hint}")
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+").partition("=")[0].partition("@")[0]
+        if override.startswith("+") and "." not in key and not (CONFIGS / key).is_dir():
+            raise UserError(f"unknown key {key}{_nearest(key, [str(k) for k in cfg if k != key])}")
+    for path, value in leaves(cfg):
+        if path.endswith("_target_") and not str(value).startswith(ALLOWED_TARGETS):
+            raise UserError(f"{path}={value} is refused; it must begin with one of {', '.join(ALLOWED_TARGETS)}")
+    if not re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", str(cfg.name)) or ".." in cfg.name:
+        raise UserError(f"name={cfg.name} names a directory under runs/; use letters, digits and _ . , = + - /")
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value as it is written: ??? where it is missing; interpolations are left out."""
+    for key in node if isinstance(node, DictConfig) else range(len(node)):
+        here = f"{path}.{key}" if path else str(key)
+        if OmegaConf.is_missing(node, key):
+            yield here, "???"
+        elif OmegaConf.is_interpolation(node, key):
+            continue
+        elif OmegaConf.is_config(node[key]):
+            yield from leaves(node[key], here)
+        else:
+            yield here, node[key]
+
+
+def build(node: DictConfig, **objects: Any) -> Any:
+    """The object tree of a config tree, leaves first; lists and dicts arrive plain."""
+    return hydra.utils.instantiate(node, _convert_="all", **objects)
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A node as plain data, interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def build_each(nodes: DictConfig | None) -> list[Any]:
+    """The objects of a group of named nodes (callbacks, metrics); a node set to null is left out."""
+    return [build(node) for node in (nodes or {}).values() if node is not None]
+
+
+def open_run(cfg: DictConfig) -> Path:
+    """Makes the run directory with its resolved config.yaml; a directory made by another config is refused.
+
+    Values given by interpolation, the trainer, the callbacks and the logger may change between sessions of one run.
+    """
+    run_dir = Path(cfg.run_dir)
+    saved_path = run_dir / "config.yaml"
+    if saved_path.exists():
+        saved = OmegaConf.load(saved_path)
+        for key, value in leaves(cfg):
+            if key.split(".")[0] not in ("trainer", "callbacks", "logger"):
+                before = OmegaConf.select(saved, key)
+                if before != value:
+                    raise UserError(
+                        f"{run_dir} was made with {key}={before}, now it is {value}: give another name=, or delete {run_dir}"
+                    )
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, saved_path, resolve=True)
+    return run_dir
+
+
+def run_config(run: str | Path, command: str = "python train.py experiment=...") -> DictConfig:
+    """The resolved config of a run.
+
+    Raises:
+        UserError: there is no such run, with the command that trains it.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no run in {run} (no {path.name}); train it first: {command}")
+    return OmegaConf.load(path)
+
+
+def _weights(run: str | Path, command: str) -> dict[str, Any]:
+    from ldm.training import checkpointing
+
+    path = checkpointing.newest(Path(run))
+    if path is None:
+        raise UserError(f"the run in {run} has no checkpoint yet; train it first: {command}")
+    return checkpointing.read(path)
+
+
+def load_run(run: str | Path) -> tuple["TrainingModule", int]:
+    """A run's module under its averaged weights, in evaluation mode, and the step they are from."""
+    from ldm.training import ema
+
+    cfg = run_config(run)
+    checkpoint = _weights(run, f"python train.py name={Path(run).name} ...")
+    module = build(cfg.model)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    ema.load(module, checkpoint["ema"]["weights"])
+    return module.eval(), checkpoint["global_step"]
+
+
+def first_stage(run: str, command: str) -> "FirstStage":
+    """The frozen first stage out of an autoencoder's run: averaged weights and latent statistics.
+
+    Args:
+        run: the autoencoder's run directory.
+        command: what trains it, for the error when it is not there.
+    """
+    import torch
+
+    from ldm.models.first_stage import FirstStage
+
+    cfg = run_config(run, command)
+    checkpoint = _weights(run, command)
+    mean, std = checkpoint["state_dict"]["latent_mean"], checkpoint["state_dict"]["latent_std"]
+    if not (torch.isfinite(mean).all() and (std > 0).all()):
+        raise UserError(f"the autoencoder in {run} has no latent statistics: its run ended before its first validation")
+    autoencoder = build(cfg.model.autoencoder)
+    prefix = "autoencoder."
+    autoencoder.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["ema"]["weights"].items()})
+    return FirstStage(autoencoder, mean.tolist(), std.tolist())
+
+
+def register_run(argv: list[str]) -> None:
+    """Puts what evaluation takes over from the run named by checkpoint=... into Hydra's store, as the config `run`.
+
+    So `sampling.guidance.scale=4` overrides the run's own value, with Hydra's checks. A group chosen on the command line
+    (metrics=..., sampling=..., sampling/guidance=...) replaces the run's choice whole.
+    """
+    overrides = dict(argument.partition("=")[::2] for argument in argv)
+    node = OmegaConf.create({"name": "run", "model": {}, "data": {}, "sampling": {}, "metrics": {}})
+    if overrides.get("checkpoint"):
+        node = OmegaConf.masked_copy(run_config(overrides["checkpoint"]), list(node))
+    for group in ("metrics", "sampling"):
+        if group in overrides:
+            node[group] = {}
+    if "sampling/guidance" in overrides:
+        node.sampling.guidance = {}
+    ConfigStore.instance().store(name="run", node=node, package="_global_")

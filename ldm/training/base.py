@@ -1,0 +1,69 @@
+"""What both stages share: the optimizer with its schedule, and checkpoints without frozen networks."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]  # parameters -> optimizer
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes: names the weights of a frozen network."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def frozen_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state-dict entries of every submodule that has parameters and trains none of them, buffers included."""
+    frozen = {}
+    for name, child in module.named_children():
+        parameters = list(child.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            frozen |= {f"{name}.{key}": value for key, value in child.state_dict().items()}
+        else:
+            frozen |= {f"{name}.{key}": value for key, value in frozen_state(child).items()}
+    return frozen
+
+
+class TrainingModule(LightningModule):
+    """A LightningModule whose checkpoints hold what it trains, and name what it does not by digest.
+
+    Args:
+        optimizer: makes the optimizer of the parameters that require grad.
+        lr_schedule: step -> factor on its learning rate.
+        seed: keys every random draw of a training step.
+    """
+
+    def __init__(self, optimizer: OptimizerFactory, lr_schedule: Callable[[int], float], seed: int) -> None:
+        super().__init__()
+        self.optimizer_factory, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = frozen_state(self)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["frozen_digest"] = digest(frozen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the frozen entries back, so that loading stays strict: any other missing key is an error."""
+        frozen = frozen_state(self)
+        if checkpoint["frozen_digest"] != digest(frozen):
+            raise UserError(
+                f"the checkpoint was trained on a frozen network with digest {checkpoint['frozen_digest'][:12]}, the one "
+                f"here has {digest(frozen)[:12]}: bring the first stage (or text encoder) it was trained with back, or "
+                "start a new run with another name="
+            )
+        checkpoint["state_dict"] |= frozen

@@ -1,0 +1,98 @@
+"""Callbacks: the data position, and pictures during training."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import WandbLogger
+
+from ldm.batch import Batch, to_uint8
+from ldm.diffusion.sampling import Sampling
+from ldm.evaluation.grid import picture_grid
+
+
+class DataPosition(Callback):
+    """Tells the data module what the training step consumed: the position that a checkpoint keeps is this one, not what
+    the loader has fetched ahead. Stands before the checkpoint callback."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, _: int
+    ) -> None:
+        trainer.datamodule.consumed(batch)
+
+
+class Pictures(Callback):
+    """Writes run_dir/samples/step_<n>.png at each validation, under the averaged weights, and logs it to W&B.
+
+    Args:
+        run_dir: the run's directory.
+        count: how many pictures, the first of the validation data.
+        columns: of the grid.
+    """
+
+    def __init__(self, run_dir: str, count: int, columns: int) -> None:
+        self.folder, self.count, self.columns = Path(run_dir) / "samples", count, columns
+        self.batches: list[Batch] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, _: int = 0
+    ) -> None:
+        have = sum(len(b["caption"]) for b in self.batches)
+        if trainer.is_global_zero and have < self.count:
+            self.batches.append(_head(batch, self.count - have))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches, self.batches = self.batches, []
+        if trainer.sanity_checking or not batches:
+            return
+        grid = self.draw(pl_module, batches)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key="val/pictures", images=[grid])
+
+    def draw(self, module: LightningModule, batches: list[Batch]) -> Image.Image:
+        raise NotImplementedError
+
+
+class ReconstructionGrid(Pictures):
+    """Held-out pictures, their reconstructions, and the error times four."""
+
+    def draw(self, module: LightningModule, batches: list[Batch]) -> Image.Image:
+        rows, captions = [], []
+        for batch in batches:
+            image = batch["image"].cpu()
+            reconstruction = to_uint8(module.reconstruct(batch)).cpu()
+            error = ((reconstruction.int() - image.int()).abs() * 4).clamp(max=255).to(torch.uint8)
+            rows.append(torch.stack([image, reconstruction, error], dim=1).flatten(0, 1))
+            captions += [text for _ in image for text in ("input", "reconstruction", "error x 4")]
+        return picture_grid(torch.cat(rows), captions, self.columns * 3)
+
+
+class SampleGrid(Pictures):
+    """Samples for held-out captions, always from the same noise.
+
+    Args:
+        sampling: solver, schedule, guidance and steps.
+        seed: of the starting noise.
+    """
+
+    def __init__(self, run_dir: str, count: int, columns: int, sampling: Sampling, seed: int) -> None:
+        super().__init__(run_dir, count, columns)
+        self.sampling, self.seed = sampling, seed
+
+    def draw(self, module: LightningModule, batches: list[Batch]) -> Image.Image:
+        pictures, captions = [], []
+        for batch in batches:
+            side = batch["image"].shape[-1]
+            images = module.sample(self.sampling, batch["caption"], batch["index"], side, self.seed)
+            pictures.append(to_uint8(images).cpu())
+            captions += batch["caption"]
+        return picture_grid(torch.cat(pictures), captions, self.columns)
+
+
+def _head(batch: Batch, n: int) -> Batch:
+    return {"image": batch["image"][:n], "caption": batch["caption"][:n], "index": batch["index"][:n]}

@@ -1,0 +1,91 @@
+"""Stage two: the conditional latent diffusion model (Rombach et al. 2022)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ldm.batch import Batch
+from ldm.conditioning import Conditioning
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.loss import LEVELS, DenoisingLoss
+from ldm.diffusion.parameterization import Parameterization
+from ldm.errors import UserError
+from ldm.keyed_random import KeyedRandom
+from ldm.training.base import OptimizerFactory, TrainingModule
+
+
+class LatentDiffusionModule(TrainingModule):
+    """Trains a denoiser on the first stage's latents, conditioned on captions that are dropped now and then.
+
+    Args:
+        first_stage: frozen; `.latents(batch, random)`, `.decode(z)`.
+        conditioner: `(batch) -> Conditioning`, `.null(n)`; trained too where its parameters require grad.
+        backbone: (x_in, c_noise, cond) -> F.
+        parameterization: what the backbone predicts.
+        loss: (denoiser, z, cond, random) -> (loss (B,), sigma (B,)).
+        caption_dropout: probability in [0, 1] that a sample trains with the null conditioning, which classifier-free
+            guidance needs (Ho & Salimans 2022).
+        optimizer, lr_schedule, seed: see TrainingModule.
+    """
+
+    def __init__(
+        self,
+        first_stage: nn.Module,
+        conditioner: nn.Module,
+        backbone: nn.Module,
+        parameterization: Parameterization,
+        loss: DenoisingLoss,
+        caption_dropout: float,
+        optimizer: OptimizerFactory,
+        lr_schedule: Callable[[int], float],
+        seed: int,
+    ) -> None:
+        super().__init__(optimizer, lr_schedule, seed)
+        if not 0 <= caption_dropout <= 1:
+            raise UserError(f"model.caption_dropout is {caption_dropout}; it is a probability: give a number in [0, 1]")
+        self.first_stage, self.conditioner = first_stage, conditioner
+        self.denoiser = Denoiser(backbone, parameterization)
+        self.loss, self.caption_dropout = loss, caption_dropout
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        random = KeyedRandom(self.seed, batch["index"])
+        z = self.first_stage.latents(batch, random)
+        loss, _sigma = self.loss(self.denoiser, z, self.drop(self.conditioner(batch), random), random)
+        self.log("train/loss", loss.mean(), prog_bar=True)
+        return loss.mean()
+
+    def drop(self, cond: Conditioning, random: KeyedRandom) -> Conditioning:
+        """Caption dropout: on embeddings, so that live and cached text share it."""
+        keep = random.uniform("caption_dropout") >= self.caption_dropout
+        return cond.where(keep, self.conditioner.null(len(keep)))
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """The loss at fixed noise levels, with noise that belongs to the sample: comparable over steps and runs."""
+        random = KeyedRandom(self.seed, batch["index"])
+        z = self.first_stage.latents(batch, random)
+        cond = self.conditioner(batch)
+        losses = [self.loss.at_level(self.denoiser, z, cond, random, level)[0].mean() for level in range(LEVELS)]
+        values = {f"val/loss_level_{level}": loss for level, loss in enumerate(losses)}
+        values["val/loss"] = torch.stack(losses).mean()
+        self.log_dict(values, batch_size=len(z), sync_dist=True)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, captions: list[str], index: Tensor) -> Tensor:
+        """(B, 3, H, W): images[index] (uint8) through the first stage and back: the best that sampling could do."""
+        index = index.to(self.device)
+        latents = self.first_stage.latents({"image": images.to(self.device)[index]}, KeyedRandom(self.seed, index))
+        return self.first_stage.decode(latents)
+
+    @torch.no_grad()
+    def sample(
+        self, sampling: Callable[..., Tensor], captions: list[str], index: Tensor, side: int, seed: int
+    ) -> Tensor:
+        """Pictures for captions: (B, 3, side, side) in about [-1, 1].
+
+        index: (B,) int64; the starting noise of a picture is a function of (seed, its index) alone.
+        """
+        cond = self.conditioner({"caption": captions})
+        noise = KeyedRandom(seed, index.to(self.device)).normal("sampling", self.first_stage.latent_shape(side))
+        z = sampling(self.denoiser, cond, self.conditioner.null(len(captions)), noise)
+        return self.first_stage.decode(z)

@@ -1,0 +1,80 @@
+"""Two loggers: metrics.jsonl, which every run has, and Weights & Biases, offline when there is no key."""
+
+import json
+import netrc
+import os
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+
+class JsonlLogger(Logger):
+    """run_dir/metrics.jsonl: one object per logged step: `step`, `samples_seen`, then the metrics by name.
+
+    Args:
+        run_dir: the run's directory.
+        batch_size: the global batch: samples seen are step * batch_size.
+    """
+
+    def __init__(self, run_dir: Path, batch_size: int) -> None:
+        super().__init__()
+        self.path, self.batch_size = Path(run_dir) / "metrics.jsonl", batch_size
+
+    @property
+    def name(self) -> str:
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        done = (step or 0) + 1  # Lightning logs under the index of the step just finished
+        values = {name: value for name, value in sorted(metrics.items()) if name != "epoch"}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": done, "samples_seen": done * self.batch_size, **values}) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass  # config.yaml has them
+
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Drops what a killed run logged past the checkpoint at `step`: it is about to be logged again."""
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a line that the kill cut short
+
+
+def wandb_logger(run_dir: str, project: str, name: str, config: dict[str, Any], **options: Any) -> WandbLogger:
+    """A WandbLogger whose run id lives in the run directory, so that the same command continues the same W&B run."""
+    folder = Path(run_dir)
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        import wandb
+
+        id_file.write_text(wandb.util.generate_id())
+    offline = os.environ.get("WANDB_MODE") == "offline" or not _has_key()
+    return WandbLogger(
+        project=project, name=name, id=id_file.read_text().strip(), resume="allow", offline=offline, save_dir=folder,
+        config=config, **options,
+    )  # fmt: skip
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

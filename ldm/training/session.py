@@ -1,0 +1,52 @@
+"""What a person sees at the beginning and at the end of a run."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+
+
+def quiet() -> None:
+    """Keeps Lightning's advice off the screen: the banner says what matters."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*tensorboard.*", ".*Checkpoint directory.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+@rank_zero_only
+def banner(
+    name: str, run_dir: Path, module: LightningModule, data: LightningDataModule, trainer: Trainer, step: int
+) -> None:
+    """One line on what is trained, one on how long, one on where."""
+    console = Console(highlight=False)
+    sizes = {flag: sum(p.numel() for p in module.parameters() if p.requires_grad == flag) for flag in (True, False)}
+    frozen = f", {sizes[False] / 1e6:.2f}M frozen" if sizes[False] else ""
+    console.print(f"[bold]{name}[/]: {type(module).__name__}, {sizes[True] / 1e6:.2f}M trainable parameters{frozen}")
+    batch = f"global batch {data.batch_size} on {trainer.world_size} rank(s), {trainer.precision}"
+    console.print(f"  {trainer.max_steps} steps, {trainer.max_steps * data.batch_size:,} samples; {batch}")
+    if step >= trainer.max_steps:
+        console.print(f"  {run_dir} is complete at step {step}: nothing to do; raise trainer.max_steps to go on")
+    else:
+        console.print(f"  {run_dir}: {'starts at step 0' if step == 0 else f'continues from step {step}'}")
+
+
+@rank_zero_only
+def farewell(run_dir: Path, trainer: Trainer) -> None:
+    """The last validation, and where its pictures are."""
+    console = Console(highlight=False, soft_wrap=True)
+    validated = [row for row in _rows(run_dir / "metrics.jsonl") if any(key.startswith("val/") for key in row)]
+    if validated:
+        values = ("loss", "psnr", "kl", "distance")
+        shown = [f"{k} {validated[-1][f'val/{k}']:.4g}" for k in values if f"val/{k}" in validated[-1]]
+        console.print(f"  validation at step {validated[-1]['step']}: {', '.join(shown)}")
+    pictures = sorted((run_dir / "samples").glob("*.png"))
+    if pictures:
+        console.print(f"  pictures: {pictures[-1]}")
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
