@@ -13,7 +13,8 @@ class Batch(TypedDict, total=False):
     caption: list[str]
     key: list[str]  # the sample's name in its shard
     index: Tensor  # (B,) int64: position in the run's sample sequence, which keys every random draw
-    cursor: Tensor  # (B, 3) int64: (stream, epoch, position), where the reader stands after this sample
+    cursor: Tensor  # (B, 3) int64: (stream, turn, position), where the reader stands after this sample (data/stream.py)
+    dropped: dict[str, int]  # reason -> unusable samples skipped since the last batch
 
 
 def to_unit(image: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def entry_point(
 
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing and exiting
+            sys.argv[1:] = [quote_ranges(argument) for argument in sys.argv[1:]]
             with mistakes_in_one_line(show_traceback):
                 if prepare is not None:
                     prepare(sys.argv[1:])
@@ -59,6 +60,14 @@ def entry_point(
         return run
 
     return wrap
+
+
+def quote_ranges(argument: str) -> str:
+    """key=a/{00..12}.tar as Hydra wants it, quoted: its grammar reads an unquoted brace as a dictionary."""
+    key, _, value = argument.partition("=")
+    if re.search(r"\{-?\d+\.\.-?\d+", value) and value[0] not in "'\"[":
+        return f"{key}='{value}'"
+    return argument
 
 
 @contextmanager

@@ -13,7 +13,7 @@ _LINE = 14
 
 
 def picture_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image.Image:
-    """images: (N, 3, H, W) uint8; captions: N, written below the pictures, wrapped, at most three lines.
+    """images: (N, 3, H, W) uint8; captions: N, written below the pictures, wrapped, at most four lines.
 
     Small pictures are enlarged by a whole factor, so that each pixel stays a square.
     """
@@ -41,4 +41,4 @@ def picture_grid(images: Tensor, captions: Sequence[str], columns: int) -> Image
 
 
 def _wrap(caption: str, width: int) -> list[str]:
-    return textwrap.wrap(caption, max(8, round(width / 5.8)), max_lines=3, placeholder=" …")
+    return textwrap.wrap(caption, max(8, round(width / 5.8)), max_lines=4, placeholder=" …")

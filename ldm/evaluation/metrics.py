@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from ldm.data import shapes
+from ldm.data import shapes, shapes_oracle
 from ldm.errors import UserError
 
 
@@ -57,7 +57,7 @@ class FrechetDistance(Metric):
 
 
 class CaptionAccuracy(Metric):
-    """Whether pictures of captioned shapes show what their captions state, read from the pixels by `ldm.data.shapes`.
+    """Whether pictures of captioned shapes show what their captions state, read from the pixels by `ldm.data.shapes_oracle`.
 
     `caption_accuracy/<attribute>` and `/all` (every stated attribute at once) over captions of one shape;
     `caption_accuracy/unseen/...` over shape and color pairs that training never showed; `caption_accuracy/two/...` over
@@ -76,7 +76,7 @@ class CaptionAccuracy(Metric):
         """images: (B, 3, H, W) uint8; captions: B, of captioned shapes (UserError otherwise)."""
         for image, caption in zip(images.cpu(), captions, strict=True):
             group = self.GROUPS.index(shapes.kind(caption))
-            for attribute, right in shapes.score(image, caption).items():
+            for attribute, right in shapes_oracle.score(image, caption).items():
                 column = self.ATTRIBUTES.index(attribute)
                 self.counts[group, column] += torch.tensor([int(right), 1], device=self.counts.device)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.models.layers import Upsample
+from ldm.models.layers import Upsample, per_token
 
 
 class Posterior(NamedTuple):
@@ -61,10 +61,10 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, N, C)
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.proj_out(h)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        q, k, v = (per_token(layer, h)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, N, C): one head
+        h = per_token(self.proj_out, F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class AsymmetricDownsample(nn.Module):

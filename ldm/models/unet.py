@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
-from ldm.models.layers import Downsample, TransformerBlock, Upsample, sinusoidal, zero
+from ldm.models.layers import Downsample, TransformerBlock, Upsample, per_token, sinusoidal, zero
 
 
 class ResBlock(nn.Module):
@@ -41,9 +41,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, head_dim: int, depth: int, context_channels: int, groups: int,
                  linear: bool) -> None:  # fmt: skip
         super().__init__()
-        self.linear = (
-            linear  # SD v1 projects by 1x1 convolutions, SD v2 and SDXL by linear layers: the same mathematics
-        )
+        # SD v1 stores the projections as 1x1 convolutions, SD v2 and SDXL as linear layers: the same mathematics
         inner = heads * head_dim
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
@@ -53,19 +51,12 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero(nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        _, _, height, width = x.shape
-        h = self.norm(x)
-        if not self.linear:
-            h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (B, N, C)
-        if self.linear:
-            h = self.proj_in(h)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        h = per_token(self.proj_in, h)
         for block in self.transformer_blocks:
             h = block(h, cond.tokens, cond.mask)
-        if self.linear:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, (height, width))
-        return x + (h if self.linear else self.proj_out(h))
+        h = per_token(self.proj_out, h)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Stage(nn.ModuleList):

@@ -45,6 +45,9 @@ class Checkpoint(Callback):
         self.folder, self.every, self.keep = Path(run_dir) / "checkpoints", every, keep
         self.step = 0  # of the last checkpoint: with accumulation, several batches share a step
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every == 0 and trainer.global_step != self.step:
             self.save(trainer)

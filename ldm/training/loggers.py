@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ def wandb_logger(run_dir: str, project: str, name: str, config: dict[str, Any], 
     folder = Path(run_dir)
     id_file = folder / "wandb_id"
     if not id_file.exists():
-        import wandb
-
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     offline = os.environ.get("WANDB_MODE") == "offline" or not _has_key()
     return WandbLogger(
         project=project, name=name, id=id_file.read_text().strip(), resume="allow", offline=offline, save_dir=folder,

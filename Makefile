@@ -1,0 +1,31 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both call plain commands that the README shows.
+PYTHON ?= python3
+BIN := .venv/bin
+SWEEP ?= [0,1,2,4]
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	@echo "== 1/4  captioned shapes: data/shapes"
+	@$(BIN)/python -m ldm.data.shapes data/shapes
+	@echo "== 2/4  first stage: python train.py experiment=demo_autoencoder"
+	@$(BIN)/python train.py experiment=demo_autoencoder
+	@echo "== 3/4  latent diffusion: python train.py experiment=demo"
+	@$(BIN)/python train.py experiment=demo
+	@echo "== 4/4  evaluation: python evaluate.py checkpoint=runs/demo n=384 'sweep.guidance=$(SWEEP)'"
+	@$(BIN)/python evaluate.py checkpoint=runs/demo n=384 'sweep.guidance=$(SWEEP)'
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv data/shapes runs/demo runs/demo_autoencoder

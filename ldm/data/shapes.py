@@ -1,0 +1,292 @@
+"""Captioned shapes: small pictures of one or two colored shapes, drawn from a grammar whose captions can be read back.
+
+The oracle that reads a picture is in shapes_oracle.py. `python -m ldm.data.shapes data/shapes` writes the demo's shards.
+"""
+
+import argparse
+import hashlib
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from ldm.data.writer import ShardWriter
+from ldm.errors import UserError
+
+COLORS = {
+    "red": (220, 35, 35),
+    "orange": (245, 140, 20),
+    "yellow": (250, 225, 40),
+    "green": (30, 150, 55),
+    "cyan": (50, 205, 220),
+    "blue": (35, 65, 215),
+    "purple": (135, 40, 180),
+    "pink": (250, 130, 190),
+}
+BACKGROUNDS = {"black": (10, 10, 10), "white": (248, 248, 248), "gray": (128, 128, 128)}
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+SIZES = ("small", "large")
+POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+RELATIONS = ("left of", "right of", "above", "below")
+SMALL, LARGE, LARGE_OF_TWO = 0.14, 0.25, 0.21  # radii over the picture's side
+SIZE_LIMIT = 0.175  # below it a radius is small
+CENTERS = (0.3, 0.5, 0.7)  # of the 3 x 3 positions; of two shapes: 0.23 and 0.77
+
+# shown to no training picture: whether a model composes what it has seen apart
+UNSEEN_PAIRS = frozenset(
+    {
+        ("circle", "yellow"),
+        ("square", "cyan"),
+        ("triangle", "red"),
+        ("star", "blue"),
+        ("ring", "green"),
+        ("cross", "orange"),
+    }
+)
+TWO_SHAPES = 0.25  # their share in training
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape. x, y, radius: center and size over the picture's side, x to the right and y down."""
+
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One shape with its position, or two with the relation of the first to the second."""
+
+    background: str
+    shapes: tuple[Shape, ...]
+    position: str | None
+    relation: str | None
+
+
+def coverage(shape: str, x: float, y: float, radius: float, side: int, samples: int = 4) -> np.ndarray:
+    """(side, side) float32 in [0, 1]: how much of each pixel the shape covers, by samples^2 points a pixel."""
+    points = (np.arange(side * samples, dtype=np.float32) + 0.5) / (side * samples)
+    u, v = (
+        (points[None, :] - np.float32(x)) / np.float32(radius),
+        (points[:, None] - np.float32(y)) / np.float32(radius),
+    )
+    inside = _INSIDE[shape](u, v)
+    return inside.reshape(side, samples, side, samples).mean(axis=(1, 3), dtype=np.float32)
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    outer, inner, tenth = 1.15, 0.5, np.pi / 5
+    angle = np.abs((np.arctan2(u, -v) + tenth) % (2 * tenth) - tenth)  # folded onto half a point
+    rho = np.hypot(u, v)
+    ex, ey = inner * np.cos(tenth) - outer, inner * np.sin(tenth)
+    return ex * (rho * np.sin(angle)) - ey * (rho * np.cos(angle) - outer) >= 0
+
+
+_INSIDE = {
+    "circle": lambda u, v: u * u + v * v <= 1,
+    "square": lambda u, v: (np.abs(u) <= 0.88) & (np.abs(v) <= 0.88),
+    "triangle": lambda u, v: (v <= 0.8) & (np.abs(u) * 1.85 <= (v + 1.05) * 1.12),
+    "star": _star,
+    "ring": lambda u, v: (u * u + v * v <= 1.1) & (u * u + v * v >= 0.36),
+    "cross": lambda u, v: ((np.abs(u) <= 0.34) & (np.abs(v) <= 1)) | ((np.abs(v) <= 0.34) & (np.abs(u) <= 1)),
+}
+
+
+def render(scene: Scene, side: int) -> np.ndarray:
+    """(side, side, 3) uint8, antialiased."""
+    picture = np.empty((side, side, 3), np.float32)
+    picture[:] = BACKGROUNDS[scene.background]
+    for s in scene.shapes:
+        alpha = coverage(s.shape, s.x, s.y, s.radius, side)[:, :, None]
+        picture = picture + alpha * (np.array(COLORS[s.color], np.float32) - picture)
+    return np.rint(picture).astype(np.uint8)
+
+
+def is_held_out(shape: str, color: str, size: str, position: str, background: str) -> bool:
+    """Whether a combination of a single shape's attributes is kept from training: one in ten, by hash."""
+    text = f"{shape} {color} {size} {position} {background}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") % 10 == 0
+
+
+def training_scene(rng: np.random.Generator) -> Scene:
+    """No unseen pair, no held-out combination."""
+    if rng.random() < TWO_SHAPES:
+        return _two(rng)
+    return next(scene for scene in _singles(rng, unseen=False) if not _held_out(scene))
+
+
+def validation_scene(index: int, rng: np.random.Generator) -> Scene:
+    """By index mod 6: four held-out combinations of seen pairs, one unseen pair, one of two shapes."""
+    if index % 6 == 5:
+        return _two(rng)
+    if index % 6 == 4:
+        return next(_singles(rng, unseen=True))
+    return next(scene for scene in _singles(rng, unseen=False) if _held_out(scene))
+
+
+def _held_out(scene: Scene) -> bool:
+    (s,) = scene.shapes
+    return is_held_out(s.shape, s.color, s.size, scene.position, scene.background)
+
+
+def _pick(rng: np.random.Generator, names: tuple[str, ...] | dict[str, tuple[int, int, int]]) -> str:
+    return tuple(names)[rng.integers(len(names))]
+
+
+def _pair(rng: np.random.Generator, unseen: bool) -> tuple[str, str]:
+    pairs = [pair for pair in itertools.product(SHAPES, COLORS) if (pair in UNSEEN_PAIRS) == unseen]
+    return pairs[rng.integers(len(pairs))]
+
+
+def _singles(rng: np.random.Generator, unseen: bool) -> Iterator[Scene]:
+    while True:
+        (shape, color), size, position = _pair(rng, unseen), _pick(rng, SIZES), _pick(rng, POSITIONS)
+        row, column = divmod(POSITIONS.index(position), 3)
+        x, y = (CENTERS[i] + rng.uniform(-0.02, 0.02) for i in (column, row))
+        radius = SMALL + rng.uniform(-0.01, 0.01) if size == "small" else LARGE + rng.uniform(-0.015, 0.015)
+        yield Scene(_pick(rng, BACKGROUNDS), (Shape(shape, color, size, x, y, radius),), position, None)
+
+
+def _two(rng: np.random.Generator) -> Scene:
+    relation = _pick(rng, RELATIONS)
+    first, second = _pair(rng, False), _pair(rng, False)
+    while second[1] == first[1]:  # two colors, so that the caption says which is which
+        second = _pair(rng, False)
+    shapes = []
+    for (shape, color), along in zip((first, second), (0.23, 0.77), strict=True):
+        if relation in ("right of", "below"):
+            along = 1 - along
+        along, across = along + rng.uniform(-0.01, 0.01), 0.5 + rng.uniform(-0.06, 0.06)
+        x, y = (along, across) if relation in ("left of", "right of") else (across, along)
+        size = _pick(rng, SIZES)
+        radius = (SMALL if size == "small" else LARGE_OF_TWO) + rng.uniform(-0.01, 0.01)
+        shapes.append(Shape(shape, color, size, x, y, radius))
+    return Scene(_pick(rng, BACKGROUNDS), tuple(shapes), None, relation)
+
+
+_SINGLE = (
+    "a {size}{color} {shape}{at}{on}",
+    "a picture of a {size}{color} {shape}{at}{on}",
+    "{color} {shape}{comma_size}{comma_position}{comma_on}",
+    "{on_first}a {size}{color} {shape}{at}",
+    "there is a {size}{color} {shape}{at}{ground}",
+    "a {size}{shape} in {color}{at}{on}",
+)
+_TWO = (
+    "a {size}{color} {shape} {relation} a {size2}{color2} {shape2}{on}",
+    "a picture of a {size}{color} {shape} {relation} a {size2}{color2} {shape2}{on}",
+    "{on_first}a {size}{color} {shape} {relation} a {size2}{color2} {shape2}",
+    "{size}{color} {shape} {relation} {size2}{color2} {shape2}{comma_on}",
+)
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """States shape and color always; size, background and position three times in four each."""
+
+    def maybe(text: str) -> str:
+        return text if rng.random() < 0.75 else ""
+
+    first = scene.shapes[0]
+    size, background = maybe(first.size), maybe(scene.background)
+    position = maybe(scene.position) if scene.position else ""
+    words = {"shape": first.shape, "color": first.color, "size": f"{size} " if size else "", "relation": scene.relation}
+    words |= {"comma_size": f", {size}" if size else "", "comma_position": f", {position}" if position else ""}
+    words |= {"at": f" at the {position}" if position else "", "on": f" on {background}" if background else ""}
+    words |= {"ground": f" on a {background} background" if background else ""}
+    words |= {
+        "comma_on": f", on {background}" if background else "",
+        "on_first": f"on {background}, " if background else "",
+    }
+    if len(scene.shapes) == 2:
+        second = scene.shapes[1]
+        size2 = maybe(second.size)
+        words |= {"shape2": second.shape, "color2": second.color, "size2": f"{size2} " if size2 else ""}
+    templates = _SINGLE if len(scene.shapes) == 1 else _TWO
+    return templates[rng.integers(len(templates))].format(**words)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a caption states; None where it says nothing. shapes: one or two of (shape, color, size or None)."""
+
+    shapes: tuple[tuple[str, str, str | None], ...]
+    position: str | None
+    relation: str | None
+    background: str | None
+
+
+def _find(words: tuple[str, ...] | dict[str, tuple[int, int, int]], text: str) -> str | None:
+    match = re.search(rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b", text)
+    return match.group(1) if match else None
+
+
+def parse(text: str) -> Stated:
+    """The inverse of `caption`.
+
+    Raises:
+        UserError: the text does not name a shape and its color.
+    """
+    relation = _find(RELATIONS, text)
+    shapes = []
+    for part in text.split(f" {relation} ") if relation else [text]:
+        shape, color = _find(SHAPES, part), _find(COLORS, part)
+        if shape is None or color is None:
+            raise UserError(
+                f"{text!r} is no caption of shapes; expected a color and a shape, as in 'a small red star on black'"
+            )
+        shapes.append((shape, color, _find(SIZES, part)))
+    position = None if relation else _find(POSITIONS, text)
+    return Stated(tuple(shapes), position, relation, _find(BACKGROUNDS, text))
+
+
+def kind(text: str) -> str:
+    """ "two", "unseen" (one shape, of an unseen pair) or "single"."""
+    stated = parse(text)
+    if len(stated.shapes) == 2:
+        return "two"
+    return "unseen" if stated.shapes[0][:2] in UNSEEN_PAIRS else "single"
+
+
+def write(folder: str | Path, train: int = 24_576, val: int = 1_536, side: int = 32, seed: int = 0) -> None:
+    """Writes folder/train/*.tar and folder/val/*.tar, unless they are there from the same arguments.
+
+    Sample i of a split is a function of (seed, split, i).
+    """
+    folder = Path(folder)
+    manifest, request = folder / "shapes.json", {"train": train, "val": val, "side": side, "seed": seed}
+    if manifest.exists() and json.loads(manifest.read_text()) == request:
+        print(f"{folder} is complete: {train:,} training and {val:,} validation pictures of {side} px")
+        return
+    for number, (split, count) in enumerate((("train", train), ("val", val))):
+        with ShardWriter(folder / split, shard_size=2048) as writer:
+            for i in track(range(count), f"{folder / split}"):
+                rng = np.random.default_rng([seed, number, i])
+                scene = training_scene(rng) if split == "train" else validation_scene(i, rng)
+                file = io.BytesIO()
+                Image.fromarray(render(scene, side)).save(file, "JPEG", quality=95, subsampling=0)
+                writer.write(file.getvalue(), "jpg", caption(scene, rng), {"scene": json.dumps(asdict(scene))})
+    manifest.write_text(json.dumps(request))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the captioned shapes as LAION-style shards.")
+    parser.add_argument("folder")
+    for name, default in (("train", 24_576), ("val", 1_536), ("side", 32), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    write(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Writes LAION-style shards, as img2dataset does: NNNNN.tar of .jpg/.png, .txt, .json, with NNNNN.parquet, NNNNN_stats.json."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ldm.errors import UserError
+
+
+class ShardWriter:
+    """Writes samples in order, `shard_size` to a shard. The same samples give the same bytes.
+
+    Every file is written aside and renamed, the tar last: a shard that exists is complete, with its side files.
+
+    Args:
+        folder: made when it is not there.
+        shard_size: 1..9999, because a key is the 5-digit shard and a 4-digit index.
+    """
+
+    def __init__(self, folder: str | Path, shard_size: int = 1000) -> None:
+        if not 1 <= shard_size <= 9999:
+            raise UserError(f"shard_size is {shard_size}; a key has four digits for the sample: give 1..9999")
+        self.folder, self.shard_size = Path(folder), shard_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shard, self.rows = 0, []
+        self.tar: tarfile.TarFile | None = None
+
+    def write(self, image: bytes, extension: str, caption: str, metadata: Mapping[str, Any] | None = None) -> str:
+        """image: encoded; extension: "jpg" or "png"; metadata: plain data, into the json. Returns the sample's key."""
+        if self.tar is None:
+            self.tar = tarfile.open(self._path(".tar.partial"), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        key = f"{self.shard:05d}{len(self.rows):04d}"
+        width, height = Image.open(io.BytesIO(image)).size
+        row = {
+            "caption": caption,
+            "key": key,
+            "status": "success",
+            "error_message": None,
+            "width": width,
+            "height": height,
+        }
+        row |= {"original_width": width, "original_height": height, **(metadata or {})}
+        for name, data in ((extension, image), ("txt", caption.encode()), ("json", json.dumps(row).encode())):
+            member = tarfile.TarInfo(f"{key}.{name}")
+            member.size = len(data)
+            self.tar.addfile(member, io.BytesIO(data))
+        self.rows.append(row)
+        if len(self.rows) == self.shard_size:
+            self._finish()
+        return key
+
+    def _path(self, ending: str) -> Path:
+        return self.folder / f"{self.shard:05d}{ending}"
+
+    def _finish(self) -> None:
+        if self.tar is None:
+            return
+        self.tar.close()
+        pq.write_table(pa.Table.from_pylist(self.rows), self._path(".parquet.partial"))
+        stats = {"count": len(self.rows), "successes": len(self.rows), "failed_to_resize": 0}
+        self._path("_stats.json.partial").write_text(json.dumps(stats))
+        for ending in (".parquet", "_stats.json", ".tar"):
+            self._path(f"{ending}.partial").rename(self._path(ending))
+        self.shard, self.rows, self.tar = self.shard + 1, [], None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        elif self.tar is not None:
+            self.tar.close()  # the partial shard stays invisible

@@ -1,0 +1,112 @@
+"""The arrows of the design, read from the source: who may import whom, and how large a file may be."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tiny import ROOT
+
+LIBRARY = sorted((ROOT / "ldm").rglob("*.py"))
+FILES = [*LIBRARY, ROOT / "train.py", ROOT / "evaluate.py"]
+BASE = {"ldm.errors", "ldm.conditioning", "ldm.batch", "ldm.keyed_random"}
+MAY_IMPORT = {  # room -> the rooms of ldm beside itself and BASE
+    "diffusion": set(),
+    "models": set(),
+    "data": set(),
+    "evaluation": {"data"},
+    "training": {"diffusion", "models", "data", "evaluation"},
+}
+OUTSIDERS = {  # package -> where it may be imported, as prefixes of paths
+    "hydra": ("ldm/config.py", "train.py", "evaluate.py"),
+    "omegaconf": ("ldm/config.py", "train.py", "evaluate.py"),
+    "wandb": ("ldm/training/loggers.py", "ldm/training/callbacks.py"),
+    "transformers": ("ldm/models/text.py",),
+    "open_clip": ("ldm/models/text.py",),
+    "webdataset": ("ldm/data/",),
+    "pytorch_lightning": ("ldm/training/", "ldm/data/datamodule.py", "train.py"),
+    "torchmetrics": ("ldm/evaluation/", "ldm/training/"),
+    "diffusers": (),
+}
+PRINTERS = ("ldm/config.py", "ldm/training/session.py", "ldm/evaluation/scoring.py", "ldm/data/shapes.py")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports anywhere in it, as dotted names down to the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}: import absolutely"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_one_of(module: str, names: set[str]) -> bool:
+    return any(module == each or module.startswith(f"{each}.") for each in names)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_arrows_inside_the_library(path: Path):
+    ours = [module for module in imports(path) if is_one_of(module, {"ldm"})]
+    room = path.relative_to(ROOT / "ldm").parts[0]
+    if room in MAY_IMPORT:
+        allowed = BASE | {f"ldm.{each}" for each in MAY_IMPORT[room] | {room}}
+    elif room == "config.py":
+        allowed = {"ldm"}
+    else:
+        allowed = BASE
+    assert [module for module in ours if not is_one_of(module, allowed)] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_arrows_to_other_packages(path: Path):
+    packages = {module.split(".")[0] for module in imports(path)}
+    wrong = {package for package in packages & OUTSIDERS.keys() if not name(path).startswith(OUTSIDERS[package] or "-")}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_files_and_functions_are_read_in_one_sitting(path: Path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 400
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 60] == []
+
+
+def test_the_library_is_small():
+    assert sum(len(path.read_text().splitlines()) for path in FILES) < 6000
+
+
+TEST_FILES = {"ldm/models/autoencoder.py": "test_models_autoencoder.py",
+              "ldm/training/autoencoder.py": "test_autoencoder_module.py",
+              "ldm/errors.py": "test_config.py"}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path.name != "__init__.py"], ids=name)
+def test_every_library_file_has_a_test_file(path: Path):
+    assert (ROOT / "tests" / TEST_FILES.get(name(path), f"test_{path.stem}.py")).is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_prints_sleeps_bare_excepts_or_pickles(path: Path):
+    tree = ast.parse(path.read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    forbidden = {"time.sleep", "eval", "exec", "pickle.load", "pickle.loads", "os.system"}
+    assert calls & forbidden == set()
+    assert "print" not in calls or name(path) in PRINTERS
+    assert not any(isinstance(node, ast.ExceptHandler) and node.type is None for node in ast.walk(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            assert "weights_only=True" in ast.unparse(node)
+
+
+def test_importing_the_config_module_does_not_import_torch():
+    code = "import sys, ldm.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

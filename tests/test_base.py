@@ -1,0 +1,94 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.errors import UserError
+from ldm.training.base import TrainingModule, digest, frozen_state
+from ldm.training.optim import Warmup
+from tiny import adam
+
+
+class Module(TrainingModule):
+    """A frozen network, one that is frozen in part, and a trained one with a buffer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(adam, Warmup(2), seed=0)
+        torch.manual_seed(seed)
+        self.frozen = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
+        self.mixed = nn.ModuleDict({"encoder": nn.Linear(2, 2).requires_grad_(False), "head": nn.Linear(2, 2)})
+        self.trained = nn.BatchNorm1d(2)
+
+
+def saved(module: TrainingModule) -> dict:
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def test_frozen_state_is_every_untrained_submodule_with_its_buffers():
+    names = {key.rpartition(".")[0] for key in frozen_state(Module())}
+    assert names == {"frozen.0", "frozen.1", "mixed.encoder"}
+    assert "frozen.1.running_mean" in frozen_state(Module())
+
+
+def test_a_checkpoint_holds_what_is_trained_and_names_what_is_not():
+    module = Module()
+    checkpoint = saved(module)
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"mixed", "trained"}
+    assert not any(key.startswith(("frozen", "mixed.encoder")) for key in checkpoint["state_dict"])
+    assert "trained.running_mean" in checkpoint["state_dict"]
+    assert checkpoint["frozen_digest"] == digest(frozen_state(module))
+
+
+def test_loading_is_strict_with_the_frozen_entries_put_back():
+    module, checkpoint = Module(), saved(Module())
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    incomplete = saved(Module())
+    del incomplete["state_dict"]["trained.weight"]
+    module.on_load_checkpoint(incomplete)
+    with pytest.raises(RuntimeError, match=r"Missing key.*trained.weight"):
+        module.load_state_dict(incomplete["state_dict"])
+
+
+def test_another_frozen_network_is_refused():
+    with pytest.raises(UserError, match="trained on a frozen network with digest"):
+        Module(seed=1).on_load_checkpoint(saved(Module()))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.tensor([1.0, 2.5])},  # a value
+        {"b": torch.tensor([1.0, 2.0])},  # a name
+        {"a": torch.tensor([[1.0, 2.0]])},  # a shape
+        {"a": torch.tensor([1.0, 2.0]).view(torch.int32)},  # a type
+        {},
+    ],
+)
+def test_digest_sees_values_names_shapes_and_types(other: dict[str, torch.Tensor]):
+    base = {"a": torch.tensor([1.0, 2.0])}
+    assert digest(base) == digest({"a": torch.tensor([[1.0], [2.0]]).T[0]})  # not the memory layout
+    assert digest(base) != digest(other)
+
+
+def test_digest_does_not_depend_on_order_and_takes_every_type():
+    tensors = {"a": torch.tensor(1.0), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor([True])}
+    assert digest(tensors) == digest(dict(reversed(tensors.items())))
+
+
+def test_the_optimizer_gets_what_requires_grad_and_follows_the_schedule():
+    module = Module()
+    configured = module.configure_optimizers()
+    parameters = configured["optimizer"].param_groups[0]["params"]
+    assert {id(p) for p in parameters} == {id(p) for p in module.parameters() if p.requires_grad}
+    assert configured["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3 / 2)
+    assert configured["lr_scheduler"]["interval"] == "step"
+
+
+def test_the_optimizer_is_a_factory():
+    module = Module()
+    module.optimizer_factory = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+    assert isinstance(module.configure_optimizers()["optimizer"], torch.optim.SGD)

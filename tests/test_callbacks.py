@@ -1,0 +1,96 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import WandbLogger
+
+from ldm.batch import Batch, to_uint8
+from ldm.training.callbacks import DataPosition, Pictures, ReconstructionGrid, SampleGrid
+from tiny import batch, latent_diffusion
+
+
+def trainer(**changes: object) -> SimpleNamespace:
+    return SimpleNamespace(
+        **({"is_global_zero": True, "sanity_checking": False, "global_step": 30, "loggers": []} | changes)
+    )
+
+
+def validate(callback: Pictures, trainer: SimpleNamespace, module: object, batches: list[Batch]) -> None:
+    for i, part in enumerate(batches):
+        callback.on_validation_batch_end(trainer, module, None, part, i)
+    callback.on_validation_epoch_end(trainer, module)
+
+
+def test_the_data_module_is_told_what_was_consumed():
+    told = []
+    part = batch(2)
+    DataPosition().on_train_batch_end(
+        trainer(datamodule=SimpleNamespace(consumed=told.append)), None, None, part, 0
+    )
+    assert told == [part]
+
+
+class Halves:
+    """An autoencoder's module whose reconstruction is mid-gray."""
+
+    def reconstruct(self, part: Batch) -> torch.Tensor:
+        return torch.zeros(part["image"].shape)
+
+
+def test_reconstruction_grid_shows_inputs_reconstructions_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = {}
+    monkeypatch.setattr("ldm.training.callbacks.picture_grid", lambda *a: seen.update(a=a) or Image.new("RGB", (4, 4)))
+    validate(ReconstructionGrid(str(tmp_path), count=3, columns=2), trainer(), Halves(), [batch(2), batch(2, start=2)])
+    pictures, captions, columns = seen["a"]
+    assert columns == 6
+    assert captions == ["input", "reconstruction", "error x 4"] * 3  # three samples: one of the second batch's two
+    images = torch.cat([batch(2)["image"], batch(1, start=2)["image"]])
+    assert torch.equal(pictures[0::3], images)
+    assert (pictures[1::3] == 128).all()
+    assert torch.equal(pictures[2::3].int(), ((images.int() - 128).abs() * 4).clamp(max=255))
+    assert (tmp_path / "samples" / "step_00000030.png").is_file()
+
+
+def sampling(denoiser, cond, null, noise):
+    return noise + cond.tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+
+
+def test_sample_grid_draws_the_first_captions_from_the_same_noise_each_time(tmp_path: Path):
+    module = latent_diffusion()
+    callback = SampleGrid(str(tmp_path), count=3, columns=3, sampling=sampling, seed=7)
+    for step in (10, 20):
+        validate(callback, trainer(global_step=step), module, [batch(2), batch(2, start=2), batch(2, start=4)])
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["step_00000010.png", "step_00000020.png"]
+    first, second = (np.asarray(Image.open(file)) for file in files)
+    assert (first == second).all()
+    part = batch(3)
+    images = to_uint8(module.sample(sampling, part["caption"], part["index"], side=8, seed=7))
+    cell = Image.fromarray(images[2].permute(1, 2, 0).numpy()).resize((128, 128), Image.Resampling.NEAREST)
+    assert (first[8:136, 8 + 2 * 136 : 136 + 2 * 136] == np.asarray(cell)).all()
+
+
+def test_nothing_is_drawn_in_the_sanity_check_or_on_other_ranks(tmp_path: Path):
+    for state in (trainer(sanity_checking=True), trainer(is_global_zero=False)):
+        callback = ReconstructionGrid(str(tmp_path), count=2, columns=2)
+        validate(callback, state, Halves(), [batch(2)])
+        assert callback.batches == []
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_wandb_logger_gets_the_picture(tmp_path: Path):
+    logged = []
+
+    class Fake(WandbLogger):
+        def __init__(self) -> None:
+            pass
+
+        def log_image(self, key: str, images: list, step: int | None = None, **_: object) -> None:
+            logged.append((key, [image.mode for image in images]))
+
+    callback = ReconstructionGrid(str(tmp_path), count=2, columns=2)
+    validate(callback, trainer(loggers=[Fake()]), Halves(), [batch(2)])
+    assert logged == [("val/pictures", ["RGB"])]

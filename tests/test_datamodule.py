@@ -1,0 +1,234 @@
+"""The data module: shapes, refusals, and the position in the data through Lightning's checkpoints."""
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import write_shards
+from torch import Tensor, distributed, nn
+
+from ldm.batch import Batch
+from ldm.data.datamodule import ShardDataModule
+from ldm.errors import UserError
+
+
+def make(shards: str, val: str, **changes: Any) -> ShardDataModule:
+    options = {"side": 16, "batch_size": 8, "steps": 7, "seed": 3, "val_batch_size": 4, "shuffle": 4, **changes}
+    return ShardDataModule(shards, val, **options)
+
+
+def as_rank(data: ShardDataModule, rank: int, world: int) -> ShardDataModule:
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world)  # type: ignore[assignment]
+    return data
+
+
+def consume(data: ShardDataModule, n: int) -> list[int]:
+    """Train n micro-batches; the loader reads ahead and that must not count."""
+    seen: list[int] = []
+    batches = iter(data.train_dataloader())
+    for _ in range(n):
+        batch = next(batches)
+        data.consumed(batch)
+        seen += batch["index"].tolist()
+    next(batches, None)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, r"data.batch_size=0; expected 1 or more"),
+        ({"steps": -1}, r"data.steps=-1; expected 1"),
+        ({"val_samples": 0}, r"data.val_samples=0; expected 1"),
+        ({"num_workers": -1}, r"data.num_workers=-1; expected 0"),
+        (
+            {"batch_size": 8, "accumulate": 3},
+            r"batch_size=8 cannot be split over 1 ranks x 3 accumulation steps.* of 3",
+        ),
+        ({"val_samples": 22}, r"22 samples asked, but the 2 shards hold 21"),
+        ({"shards": "/nowhere/{0..4}.tar"}, r"/nowhere/0.tar' is not a file \(5 of 5 are missing\); .*: make tiny"),
+        ({"shards": "pipe:curl x"}, r"not a local path"),
+    ],
+)
+def test_refusals(tiny_shards: str, tiny_val: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(changes.pop("shards", tiny_shards), tiny_val, how_to_make="make tiny", **changes).setup("fit")
+
+
+def test_ranks_that_cannot_share(tiny_shards: str, tiny_val: str) -> None:
+    with pytest.raises(UserError, match=r"8 shards make 8 streams, which 3 ranks cannot share .*max_streams=6"):
+        as_rank(make(tiny_shards, tiny_val, batch_size=9), 0, 3).setup("fit")
+    with pytest.raises(UserError, match=r"batch_size=8 cannot be split over 2 ranks x 8"):
+        as_rank(make(tiny_shards, tiny_val, accumulate=8), 0, 2).setup("fit")
+    as_rank(make("/nowhere.tar", tiny_val), 0, 3).setup("validate")  # which needs no training shards
+
+
+def test_micro_batches_cut_each_step_in_order(tiny_shards: str, tiny_val: str) -> None:
+    data = make(tiny_shards, tiny_val, steps=3, accumulate=2, random_flip=True)
+    loader = data.train_dataloader()
+    got = list(loader)
+    assert len(loader) == len(got) == 6
+    assert [batch["index"].tolist() for batch in got] == [list(range(4 * i, 4 * i + 4)) for i in range(6)]
+    assert got[0]["image"].shape == (4, 3, 16, 16)
+    second = as_rank(make(tiny_shards, tiny_val, steps=3, accumulate=2), 1, 2)
+    assert [batch["index"].tolist() for batch in second.train_dataloader()][:2] == [[1, 3], [5, 7]]
+
+
+def test_validation_is_the_same_each_time_and_split_without_padding(tiny_shards: str, tiny_val: str) -> None:
+    data = make(tiny_shards, tiny_val, val_samples=19)
+    once, twice = ([batch["index"].tolist() for batch in data.val_dataloader()] for _ in range(2))
+    assert once == twice == [list(range(0, 4)), [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18]]
+    parts = [as_rank(data, rank, 2).val_dataloader() for rank in range(2)]
+    assert [len(part) for part in parts] == [3, 3]
+    part = [
+        [index for batch in as_rank(data, rank, 2).val_dataloader() for index in batch["index"].tolist()]
+        for rank in (0, 1)
+    ]
+    assert part == [list(range(0, 19, 2)), list(range(1, 19, 2))]
+
+
+def test_the_cursor_stays_on_the_cpu(tiny_shards: str, tiny_val: str) -> None:
+    data = make(tiny_shards, tiny_val)
+    batch = next(iter(data.train_dataloader()))
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["image"].is_meta
+    assert torch.equal(moved["cursor"], batch["cursor"])
+    assert list(moved) == list(batch)
+    assert not batch["image"].is_meta
+
+
+def test_state_is_what_was_consumed(tiny_shards: str, tiny_val: str) -> None:
+    data = make(tiny_shards, tiny_val)
+    assert consume(data, 3) == list(range(24))
+    state = data.state_dict()
+    assert (state["samples_seen"], state["batches_seen"]) == (24, 3)
+    assert state["cursors"] == {stream: [0, 3] for stream in range(8)}
+    again = make(tiny_shards, tiny_val)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    assert consume(again, 4) == list(range(24, 56))
+    assert next(iter(again.train_dataloader()), None) is None  # the run's 7 batches are done
+
+
+def test_a_state_of_another_order_is_refused(tiny_shards: str, tiny_val: str, tmp_path: Path) -> None:
+    state = make(tiny_shards, tiny_val).state_dict()
+    for changes, message in [
+        ({"seed": 4}, r"data.seed=3, this run has 4"),
+        ({"shuffle": 5}, r"data.shuffle=4, this run has 5"),
+        ({"max_streams": 2}, r"data.max_streams=8, this run has 2"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            make(tiny_shards, tiny_val, **changes).load_state_dict(state)
+    with pytest.raises(UserError, match=r"data.shards=8 shards, digest \w+, this run has 3 shards"):
+        make(write_shards(tmp_path, [4, 4, 4]), tiny_val).load_state_dict({**state, "data": {**state["data"]}})
+    make(tiny_shards, tiny_val, num_workers=2, batch_size=16, max_streams=100).load_state_dict(state)
+
+
+class Net(pl.LightningModule):
+    """Remembers what it was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.seen: list[tuple[int, str]] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.seen += zip(batch["index"].tolist(), batch["key"], strict=True)
+        return self.scale * batch["image"].float().mean() / 255
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validated += batch["index"].tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Consume(pl.Callback):
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
+
+
+def fit(data: ShardDataModule, folder: Path, steps: int, resume: bool = False) -> Net:
+    net = Net()
+    save = pl.callbacks.ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accumulate_grad_batches=data.accumulate,
+        callbacks=[Consume(), save],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(net, data, ckpt_path=folder / "last.ckpt" if resume else None)
+    assert trainer.global_step == steps
+    return net
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 1), (0, 2)])
+def test_lightning_resumes_where_the_step_stopped(
+    tiny_shards: str, tiny_val: str, tmp_path: Path, workers: int, accumulate: int
+) -> None:
+    options = {"num_workers": workers, "accumulate": accumulate}
+    whole = fit(make(tiny_shards, tiny_val, **options), tmp_path / "whole", 7)
+    assert [index for index, _ in whole.seen] == list(range(56))
+    assert whole.validated == list(range(21))
+    first = fit(make(tiny_shards, tiny_val, **options), tmp_path / "cut", 3)
+    second = fit(make(tiny_shards, tiny_val, **options), tmp_path / "cut", 5, resume=True)
+    third = fit(make(tiny_shards, tiny_val, **options), tmp_path / "cut", 7, resume=True)
+    assert [len(net.seen) for net in (first, second, third)] == [24, 16, 16]
+    assert first.seen + second.seen + third.seen == whole.seen
+    saved = torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["ShardDataModule"]
+    assert saved["samples_seen"] == 56
+    assert not multiprocessing.active_children()
+
+
+def _as_one_of_two(rank: int, rendezvous: str, shards: str, val: str, state: dict[str, Any] | None, out: Any) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    data = as_rank(make(shards, val), rank, 2)
+    if state:
+        data.load_state_dict(state)
+    seen = consume(data, 2)
+    out.put((rank, seen, data.state_dict()))
+    distributed.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, shards: str, val: str, state: dict[str, Any] | None) -> Iterator[Any]:
+    context = multiprocessing.get_context("fork")
+    out = context.Queue()
+    args = (str(folder / f"rendezvous{bool(state)}"), shards, val, state, out)
+    processes = [context.Process(target=_as_one_of_two, args=(rank, *args)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    yield from sorted((out.get(timeout=60) for _ in processes), key=lambda row: row[0])
+    for process in processes:
+        process.join(60)
+
+
+def test_ranks_put_their_positions_together(tiny_val: str, tmp_path: Path) -> None:
+    """1 rank -> 2 -> 2 -> 1: the state is the same on each, and the same as one rank's."""
+    shards = write_shards(tmp_path, [6] * 4)
+    (tmp_path / "00001.tar").write_bytes((tmp_path / "00001.tar").read_bytes()[:7000])  # drops on one side
+    alone = make(shards, tiny_val)
+    consume(alone, 1)
+    state = alone.state_dict()
+    for _ in range(2):
+        (_, even, state_0), (_, odd, state_1) = on_two_ranks(tmp_path, shards, tiny_val, state)
+        (tmp_path / "rendezvousTrue").unlink(missing_ok=True)
+        assert state_0 == state_1
+        assert sorted(even + odd) == list(range(state["samples_seen"], state["samples_seen"] + 16))
+        assert consume(alone, 2) == sorted(even + odd)
+        assert state_0 == alone.state_dict()
+        state = state_0
+    assert state["dropped"]["shard/truncated"] >= 1
+    assert alone.dropped == state["dropped"]

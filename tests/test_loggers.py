@@ -1,0 +1,66 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ldm.training.loggers import JsonlLogger, wandb_logger
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_line_is_step_samples_and_sorted_metrics(tmp_path: Path):
+    log = JsonlLogger(tmp_path, batch_size=32)
+    log.log_metrics({"val/b": 0.5, "epoch": 3, "train/a": 1}, step=9)
+    log.log_metrics({"train/a": 2}, step=None)
+    assert lines(tmp_path)[0] == '{"step": 10, "samples_seen": 320, "train/a": 1, "val/b": 0.5}'
+    assert json.loads(lines(tmp_path)[1]) == {"step": 1, "samples_seen": 32, "train/a": 2}
+
+
+def test_resume_drops_what_will_be_logged_again(tmp_path: Path):
+    log = JsonlLogger(tmp_path, batch_size=1)
+    for step in range(5):
+        log.log_metrics({"loss": step / 2}, step)
+    before = lines(tmp_path)
+    log.path.write_text("\n".join(before) + '\n{"step": 3, "lo')  # the kill cut the last line
+    log.resume(3)
+    assert lines(tmp_path) == before[:3]
+    log.log_metrics({"loss": 1.5}, 3)
+    assert lines(tmp_path) == before[:4]
+    log.resume(0)
+    assert lines(tmp_path) == []
+
+
+def test_resume_without_a_log_does_nothing(tmp_path: Path):
+    JsonlLogger(tmp_path, 1).resume(5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_offline_wandb_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for step in (1, 2):
+        logger = wandb_logger(str(tmp_path), "ldm", "tiny", {"lr": 0.5})
+        logger.log_metrics({"train/loss": 0.25}, step)
+        assert logger.experiment.settings._offline
+        assert logger.experiment.config["lr"] == 0.5
+        ids.append(logger.experiment.id)
+        logger.experiment.finish()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
+    files = list(tmp_path.glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))
+    assert files
+    assert all(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("key", [None, "0" * 40])
+def test_offline_unless_there_is_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")  # Lightning writes to it; this has it put back
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", os.devnull)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    assert wandb_logger(str(tmp_path), "ldm", "tiny", {})._offline is (key is None)  # nothing is sent before a log

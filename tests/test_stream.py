@@ -1,0 +1,247 @@
+"""The sequence of samples depends on seed and shards alone; what cannot be used is counted, nothing is lost."""
+
+import io
+import itertools
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import picture, sample, write_shards, write_tar
+from PIL import Image
+
+from ldm.batch import Batch
+from ldm.data.shards import expand
+from ldm.data.stream import OrderedSamples, SampleStream, batches, count_streams
+from ldm.data.transforms import DecodeImage
+from ldm.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+DECODE = DecodeImage(16, random_flip=True, seed=3)
+BATCH = 8
+Row = tuple[int, str, str, tuple[int, ...], int]
+
+
+def rows(batch: Batch) -> list[Row]:
+    """index, key, caption, cursor, and a sum over the picture that its flip changes."""
+    weights = torch.arange(batch["image"][0].numel()).reshape(batch["image"][0].shape)
+    return [
+        (index, key, caption, tuple(cursor), int((image.long() * weights).sum()))
+        for index, key, caption, cursor, image in zip(
+            batch["index"].tolist(),
+            batch["key"],
+            batch["caption"],
+            batch["cursor"].tolist(),
+            batch["image"],
+            strict=True,
+        )
+    ]
+
+
+def take(spec: str, n: int, rank: int = 0, world: int = 1, workers: int = 0, **options: object) -> Iterator[Batch]:
+    stream = SampleStream(expand(spec), DECODE, 3, BATCH, rank=rank, world=world, **{"shuffle": 4, **options})
+    return itertools.islice(batches(stream, workers), n)
+
+
+def run(spec: str, n: int, world: int = 1, workers: int = 0, **options: object) -> tuple[list[Row], Counter[str]]:
+    """All ranks' samples in order, and what was dropped."""
+    got: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for rank in range(world):
+        for batch in take(spec, n, rank, world, workers, **options):
+            assert batch["index"].tolist() == sorted(batch["index"].tolist())
+            got += rows(batch)
+            dropped.update(batch["dropped"])
+    return sorted(got), dropped
+
+
+@pytest.fixture(scope="module")
+def flawed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """6 shards of 9 samples, with 9 of the 54 unusable, one to three in a shard."""
+    folder = tmp_path_factory.mktemp("flawed")
+    spec = write_shards(folder, [9] * 6)
+    members = [sample(i) for i in range(54)]
+    big = io.BytesIO()
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(big, "JPEG")
+    members[4][0] = (members[4][0][0], big.getvalue()[:2000])
+    members[5][2] = (members[5][2][0], b"caf\xe9")
+    members[13][0] = (members[13][0][0], b"")
+    del members[20][2]
+    members[29][2] = (members[29][2][0], b"  \n")
+    del members[31][0]
+    members[38][0] = (members[38][0][0], b"<html>")
+    for shard in range(5):
+        write_tar(folder / f"{shard:05d}.tar", [m for i in range(9 * shard, 9 * shard + 9) for m in members[i]])
+    last = folder / "00005.tar"
+    last.write_bytes(last.read_bytes()[: last.read_bytes().index(b"000000052.json")])  # leaves 7 of the 9
+    return spec
+
+
+FLAWS = {
+    "image/truncated": 1,
+    "caption/not UTF-8": 1,
+    "image/empty": 1,
+    "caption/missing": 1,
+    "caption/empty": 1,
+    "image/missing": 1,
+    "image/not an image": 1,
+    "shard/truncated": 1,
+}
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (1, 1), (1, 2), (1, 3), (2, 2), (4, 2)])
+def test_the_sequence_knows_no_ranks_and_no_workers(tiny_shards: str, world: int, workers: int) -> None:
+    assert run(tiny_shards, 20, world, workers) == run(tiny_shards, 20)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (2, 3), (1, 2), (1, 4)])
+def test_nor_with_drops(flawed: str, world: int, workers: int) -> None:
+    assert run(flawed, 9, world, workers) == run(flawed, 9)
+
+
+def test_indices_count_and_streams_take_turns(tiny_shards: str) -> None:
+    got, dropped = run(tiny_shards, 30)
+    assert [index for index, *_ in got] == list(range(240))
+    assert all(cursor[0] == index % 8 for index, _, _, cursor, _ in got)
+    assert all(caption == f"picture {int(key)}" for _, key, caption, _, _ in got)
+    assert not dropped
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 7, 11, 12, 13, 19])
+@pytest.mark.parametrize("shuffle", [1, 4, 1024])
+def test_stop_and_resume_is_as_if_never_stopped(flawed: str, stop: int, shuffle: int) -> None:
+    """Across epochs, with drops, onto other numbers of ranks and workers."""
+    whole, dropped = run(flawed, 20, shuffle=shuffle)
+    first, dropped_first = run(flawed, stop, world=2, shuffle=shuffle)
+    cursors = {cursor[0]: cursor[1:] for _, _, _, cursor, _ in first}
+    options = {"shuffle": shuffle, "start": stop * BATCH, "cursors": cursors}
+    rest, dropped_rest = run(flawed, 20 - stop, workers=2 if stop in (5, 12) else 0, **options)
+    assert first + rest == whole
+    assert dropped_first + dropped_rest == dropped
+
+
+def test_every_epoch_gives_every_sample_once_in_another_order(tiny_shards: str) -> None:
+    got, _ = run(tiny_shards, 60, max_streams=2)
+    for epoch in range(2):  # of 4 turns, as each stream is dealt 4 of the 8 shards
+        keys = [key for _, key, _, cursor, _ in got if cursor[1] // 4 == epoch]
+        assert sorted(keys) == [f"{i:09d}" for i in range(96)]
+
+
+def test_shards_and_samples_are_shuffled_anew_each_epoch(tiny_shards: str) -> None:
+    got, _ = run(tiny_shards, 30, max_streams=1, shuffle=1)
+    shards = [next(turn)[1] for _, turn in itertools.groupby(got, key=lambda row: row[3][1])]
+    assert len(shards) > 16
+    assert sorted(shards[:8]) == sorted(shards[8:16])
+    assert shards[:8] != shards[8:16]
+
+    got, _ = run(expand(tiny_shards)[0], 6, shuffle=1024)  # one shard of 12
+    epochs = [[key for _, key, *_ in got[12 * epoch : 12 * epoch + 12]] for epoch in range(4)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+
+
+def test_another_seed_is_another_order(tiny_shards: str) -> None:
+    streams = [SampleStream(expand(tiny_shards), DECODE, seed, 96) for seed in (3, 3, 4)]
+    keys = [next(iter(stream))["key"] for stream in streams]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_no_shuffle_keeps_the_order_within_a_shard(tiny_shards: str) -> None:
+    got, _ = run(tiny_shards, 6, shuffle=1, max_streams=1)
+    by_turn = itertools.groupby(got, key=lambda row: row[3][1])
+    for _, shard in by_turn:
+        keys = [int(row[1]) for row in shard]
+        assert keys == list(range(keys[0], keys[0] + len(keys)))
+
+
+def test_unusable_samples_are_counted_and_the_sequence_goes_on(flawed: str) -> None:
+    """delivered + dropped = what the shards hold, in every epoch; the cut tar loses what was cut off and one more."""
+    got, dropped = run(flawed, 17, max_streams=1, world=1)  # 3 epochs of 45 - 7 + 7 = 45 samples are 135; 17 * 8 = 136
+    per_epoch = Counter(cursor[1] // 6 for _, _, _, cursor, _ in got)
+    held = 5 * 9 + 7 + 1  # the cut one: 7 sound samples and the one it was cut in
+    assert per_epoch[0] == per_epoch[1] == held - sum(FLAWS.values())
+    assert set(dropped) == set(FLAWS)
+    assert min(dropped.values()) >= 3
+    got, dropped = run(flawed, 100, max_streams=1, world=1)
+    full = max(cursor[1] for _, _, _, cursor, _ in got) // 6
+    assert all(abs(count - full) <= 1 for count in dropped.values())
+
+
+def test_a_shard_that_vanishes_is_one_drop(tmp_path: Path) -> None:
+    spec = write_shards(tmp_path, [8, 8])
+    stream = SampleStream(expand(spec), DECODE, 0, 8, max_streams=1)
+    (tmp_path / "00001.tar").unlink()
+    got = list(itertools.islice(stream, 4))
+    assert {int(key) for batch in got for key in batch["key"]} == set(range(8))
+    assert sum(batch["dropped"].get("shard/unreadable", 0) for batch in got) >= 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_usable_is_an_error_not_a_hang(tmp_path: Path, workers: int) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", [("0.jpg", picture(0)), ("1.jpg", picture(1))])
+    with pytest.raises(UserError, match=r"^none of the 1 shards .* holds a usable sample; dropped: .*caption/missing"):
+        list(take(f"{tmp_path}/{{a,b}}.tar", 1, workers=workers))
+
+
+def test_ranks_that_cannot_share() -> None:
+    assert count_streams(13, 64, 1) == 13
+    assert count_streams(1000, 64, 8) == 64
+    with pytest.raises(UserError, match=r"13 shards make 13 streams, which 2 ranks .* data.max_streams=12"):
+        count_streams(13, 64, 2)
+    with pytest.raises(UserError, match=r"1 shards .* make 1 streams, fewer than the 4 ranks"):
+        count_streams(1, 64, 4)
+
+
+def test_workers_end_with_the_loader(tiny_shards: str) -> None:
+    before = len(multiprocessing.active_children())
+    got = take(tiny_shards, 50, workers=2)
+    next(got)
+    assert len(multiprocessing.active_children()) == before + 2
+    del got
+    assert len(multiprocessing.active_children()) == before == 0
+
+
+def test_the_global_generator_is_left_alone(tiny_shards: str, tiny_val: str) -> None:
+    before = torch.random.get_rng_state()
+    list(take(tiny_shards, 2))
+    list(OrderedSamples(expand(tiny_val), DECODE).batches(4))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ordered_samples(tiny_val: str, flawed: str, workers: int) -> None:
+    samples = OrderedSamples(expand(tiny_val), DecodeImage(16), limit=17)
+    got = [list(samples.batches(4, rank, 2, workers)) for rank in range(2)]
+    assert [[batch["index"].tolist() for batch in part] for part in got] == [
+        [[0, 2, 4, 6], [8, 10, 12, 14], [16]],
+        [[1, 3, 5, 7], [9, 11, 13, 15]],
+    ]
+    assert all(batch["key"] == [f"{i:09d}" for i in batch["index"].tolist()] for part in got for batch in part)
+    assert got[0][0]["image"].shape == (4, 3, 16, 16)
+
+    bad = list(OrderedSamples(expand(flawed), DecodeImage(16)).batches(2, num_workers=workers))
+    dropped = sum((Counter(batch["dropped"]) for batch in bad), Counter())
+    assert sum(len(batch["key"]) for batch in bad) == 5 * 9 + 8 - sum(FLAWS.values())
+    assert all(batch["key"] for batch in bad)
+    assert dropped["caption/empty"] == dropped["image/missing"] == 1
+
+
+def test_ordered_samples_asked_for_more_than_there_are(tiny_val: str) -> None:
+    with pytest.raises(UserError, match=r"22 samples asked, but the 2 shards hold 21"):
+        OrderedSamples(expand(tiny_val), DECODE, 22)
+
+
+def test_real_shards() -> None:
+    folder = Path(__file__).parents[2] / "shared" / "data" / "clipart"
+    if not folder.is_dir():
+        pytest.skip("no clipart shards beside the repository")
+    stream = SampleStream(expand(f"{folder}/{{00000..00012}}.tar"), DecodeImage(64), 0, 130)
+    got = list(itertools.islice(stream, 3))
+    assert all(batch["image"].shape == (130, 3, 64, 64) for batch in got)
+    assert len({key for batch in got for key in batch["key"]}) == 390
+    assert not any(batch["dropped"] for batch in got)

@@ -1,0 +1,176 @@
+import re
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ldm import config
+from ldm.conditioning import Conditioning
+from ldm.errors import UserError
+from ldm.models.layers import sinusoidal
+from ldm.models.unet import ResBlock, SpatialTransformer, UNet
+from tiny import ROOT, randomized
+
+COUNTS = {"unet_sd1": 859_520_964, "unet_sd2": 865_910_724, "unet_sdxl": 2_567_463_684}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_parameter_counts(name: str):
+    with torch.device("meta"):
+        network = config.build(OmegaConf.load(ROOT / f"configs/model/backbone/{name}.yaml"))
+    assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conditioning(rows: int, width: int, vector: int = 0, length: int = 5) -> Conditioning:
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    return Conditioning(normal(rows, length, width, seed=1), mask, normal(rows, vector, seed=2))
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "conv_norm_out": "out.0",
+        "time_embedding.linear_2": "time_embed.2", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0",
+        "add_embedding.linear_2": "label_emb.2"}  # fmt: skip
+
+
+def our_key(key: str, blocks: int, has_attention: list[bool]) -> str:
+    """diffusers' name of a weight -> CompVis'. has_attention: of the levels on the way up."""
+    stem, _, leaf = key.rpartition(".")
+    if stem in ENDS:
+        return f"{ENDS[stem]}.{leaf}"
+    where, number, kind, j, rest = re.fullmatch(r"(down|mid|up)_block(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.*)", key).groups()
+    i, j = int(number or 0), int(j)
+    if kind == "resnets":
+        part, _, leaf = rest.partition(".")
+        rest = f"{RESNET[part]}.{leaf}"
+    if where == "mid":
+        return f"middle_block.{2 * j if kind == 'resnets' else 1}.{rest}"
+    if kind == "downsamplers":
+        return f"input_blocks.{(i + 1) * (blocks + 1)}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        return f"output_blocks.{i * (blocks + 1) + blocks}.{1 + has_attention[i]}.{rest}"
+    stage = f"input_blocks.{1 + i * (blocks + 1) + j}" if where == "down" else f"output_blocks.{i * (blocks + 1) + j}"
+    return f"{stage}.{int(kind == 'attentions')}.{rest}"
+
+
+# ours, then what diffusers calls the same; its `attention_head_dim` is the number of heads
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "SD1": (
+        {"multipliers": [1, 2, 2], "depths": [1, 1, 0], "middle_depth": 1, "heads": 4},
+        {"attention_head_dim": 4},
+    ),
+    "SD2": (
+        {"multipliers": [1, 2, 2], "depths": [1, 1, 0], "middle_depth": 1, "head_dim": 8, "linear": True},
+        {"attention_head_dim": (4, 8, 8), "use_linear_projection": True},
+    ),
+    "SDXL": (
+        {"multipliers": [1, 2, 2], "depths": [0, 2, 3], "middle_depth": 3, "head_dim": 8, "linear": True,
+         "vector_channels": 12 + 6 * 8},
+        {"attention_head_dim": (4, 8, 8), "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 3),
+         "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+         "projection_class_embeddings_input_dim": 12 + 6 * 8},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_diffusers(name: str):
+    from diffusers import UNet2DConditionModel
+
+    ours, theirs = VARIANTS[name]
+    attention = [depth > 0 for depth in ours["depths"]]
+    torch.manual_seed(0)
+    peer = UNet2DConditionModel(
+        in_channels=4, out_channels=4, block_out_channels=(32, 64, 64), layers_per_block=2, cross_attention_dim=24,
+        norm_num_groups=8, down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)], **theirs,
+    ).eval()  # fmt: skip
+    network = UNet(4, 4, 32, blocks=2, context_channels=24, groups=8, **ours)
+    weights = {our_key(key, 2, attention[::-1]): value for key, value in peer.state_dict().items()}
+    network.load_state_dict(weights)
+
+    x, steps, cond = normal(2, 4, 16, 8), torch.tensor([3.0, 801.0]), conditioning(2, 24)
+    cond.mask[1, 3:] = False
+    extra = {}
+    if name == "SDXL":
+        extra = {"text_embeds": normal(2, 12, seed=3), "time_ids": torch.arange(12.0).view(2, 6) * 64}
+        sizes = sinusoidal(extra["time_ids"].flatten(), 8).view(2, 48)
+        cond = cond._replace(vector=torch.cat([extra["text_embeds"], sizes], dim=1))
+    with torch.no_grad():
+        expected = peer(x, steps, cond.tokens, encoder_attention_mask=cond.mask, added_cond_kwargs=extra).sample
+        torch.testing.assert_close(network(x, steps, cond), expected, rtol=1e-4, atol=1e-4)
+
+
+def tiny_unet(**changes: Any) -> UNet:
+    arguments = {"in_channels": 4, "out_channels": 3, "channels": 8, "multipliers": [1, 2], "blocks": 1,
+                 "depths": [0, 1], "middle_depth": 1, "context_channels": 6, "heads": 2, "groups": 4}  # fmt: skip
+    return UNet(**(arguments | changes))
+
+
+def test_a_fresh_network_returns_zero_and_its_branches_are_identities():
+    network, x = tiny_unet(), normal(2, 4, 8, 8)
+    assert network(x, torch.zeros(2), conditioning(2, 6)).shape == (2, 3, 8, 8)
+    assert not network(x, torch.zeros(2), conditioning(2, 6)).any()
+    h = normal(2, 8, 4, 4)
+    torch.testing.assert_close(ResBlock(8, 8, 32, 4)(h, normal(2, 32)), h)
+    torch.testing.assert_close(SpatialTransformer(8, 2, 4, 1, 6, 4, False)(h, conditioning(2, 6)), h)
+
+
+def test_padding_tokens_do_not_matter():
+    network, cond = randomized(tiny_unet()), conditioning(2, 6)
+    cond.mask[:, 3:] = False
+    other = cond._replace(tokens=torch.where(cond.mask[..., None], cond.tokens, 7.0))
+    shorter = Conditioning(cond.tokens[:, :3], cond.mask[:, :3], cond.vector)
+    x, steps = normal(2, 4, 8, 8), torch.tensor([0.5, 20.0])
+    with torch.no_grad():
+        output = network(x, steps, cond)
+        assert output.std() > 0.01
+        torch.testing.assert_close(network(x, steps, other), output)
+        torch.testing.assert_close(network(x, steps, shorter), output)
+
+
+@pytest.mark.parametrize("part", ["tokens", "vector", "c_noise"])
+def test_every_input_matters(part: str):
+    network, cond = randomized(tiny_unet(vector_channels=3)), conditioning(1, 6, vector=3)
+    x, steps = normal(1, 4, 8, 8), torch.tensor([0.5])
+    changed = cond if part == "c_noise" else cond._replace(**{part: getattr(cond, part) + 1})
+    moved = steps + 1 if part == "c_noise" else steps
+    with torch.no_grad():
+        assert (network(x, steps, cond) - network(x, moved, changed)).abs().max() > 1e-3
+
+
+def test_noise_scale_multiplies_the_noise_label():
+    plain, scaled = randomized(tiny_unet()), randomized(tiny_unet(noise_scale=1000.0))
+    x, cond = normal(1, 4, 8, 8), conditioning(1, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(x, torch.tensor([0.25]), cond), plain(x, torch.tensor([250.0]), cond))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depths": [0]}, "1 depths for 2 multipliers"),
+        ({"heads": None}, "exactly one of the two"),
+        ({"head_dim": 4}, "exactly one of the two"),
+        ({"groups": 3}, "8 channels do not divide into 3 groups"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        tiny_unet(**changes)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    network, cond = tiny_unet(vector_channels=3), conditioning(1, 6, vector=3)
+    with pytest.raises(UserError, match="5 channels, the network takes 4"):
+        network(normal(1, 5, 8, 8), torch.zeros(1), cond)
+    with pytest.raises(UserError, match="7x8; both sides must be multiples of 2"):
+        network(normal(1, 4, 7, 8), torch.zeros(1), cond)
+    with pytest.raises(UserError, match=r"cond.vector has 0 features, the network takes 3"):
+        network(normal(1, 4, 8, 8), torch.zeros(1), conditioning(1, 6))
