@@ -12,9 +12,6 @@ from ldm import config
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from ldm.data.shards import expand
-    from ldm.data.stream import OrderedSamples
-    from ldm.data.transforms import DecodeImage
     from ldm.errors import UserError
     from ldm.evaluation.scoring import Reference, Round, evaluate
 
@@ -22,8 +19,8 @@ def main(cfg: DictConfig) -> None:
     if not hasattr(module, "sample"):
         raise UserError(f"{cfg.checkpoint} is an autoencoder's run: its scores are in {cfg.checkpoint}/metrics.jsonl")
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    samples = OrderedSamples(expand(cfg.data.val_shards, cfg.data.how_to_make), DecodeImage(cfg.data.side), cfg.n)
-    reference = Reference.read(samples.batches(cfg.batch_size))
+    cfg.data.val_samples = cfg.n
+    reference = Reference.read(config.build(cfg.data).val.batches(cfg.batch_size))
 
     rounds = [Round("reconstruction", partial(module.reconstruct, reference.images), {"reconstruction": True})]
     for scale in cfg.sweep.guidance or [cfg.sampling.guidance.scale]:

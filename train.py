@@ -18,8 +18,11 @@ def main(cfg: DictConfig) -> None:
     callbacks = config.build_each(cfg.callbacks)
     run_dir = config.open_run(cfg)
     log = JsonlLogger(run_dir, cfg.data.batch_size)
-    loggers = [config.build(cfg.logger, config=config.plain(cfg))] if cfg.logger else []
+    loggers = [config.build(cfg.logger)] if cfg.logger else []
     trainer = config.build(cfg.trainer, callbacks=callbacks, logger=[log, *loggers])
+
+    for logger in loggers:
+        logger.log_hyperparams(config.plain(cfg))
 
     resume = checkpointing.newest(run_dir)
     step = 0 if resume is None else checkpointing.read(resume)["global_step"]

@@ -251,15 +251,13 @@ def register_run(argv: list[str]) -> None:
     """Puts what evaluation takes over from the run named by checkpoint=... into Hydra's store, as the config `run`.
 
     So `sampling.guidance.scale=4` overrides the run's own value, with Hydra's checks. A group chosen on the command line
-    (metrics=..., sampling=..., sampling/guidance=...) replaces the run's choice whole.
+    (metrics=..., sampling/solver=..., sampling/schedule=..., sampling/guidance=...) replaces the run's choice whole.
     """
     overrides = dict(argument.partition("=")[::2] for argument in argv)
     node = OmegaConf.create({"name": "run", "model": {}, "data": {}, "sampling": {}, "metrics": {}})
     if overrides.get("checkpoint"):
         node = OmegaConf.masked_copy(run_config(overrides["checkpoint"]), list(node))
-    for group in ("metrics", "sampling"):
+    for group in ("metrics", "sampling/solver", "sampling/schedule", "sampling/guidance"):
         if group in overrides:
-            node[group] = {}
-    if "sampling/guidance" in overrides:
-        node.sampling.guidance = {}
+            OmegaConf.update(node, group.replace("/", "."), {}, merge=False)
     ConfigStore.instance().store(name="run", node=node, package="_global_")

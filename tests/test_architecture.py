@@ -77,7 +77,7 @@ def test_files_and_functions_are_read_in_one_sitting(path: Path):
     text = path.read_text()
     assert len(text.splitlines()) < 400
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 60] == []
+    assert [f.name for f in functions if f.end_lineno - f.body[0].lineno + 1 > 60] == []
 
 
 def test_the_library_is_small():

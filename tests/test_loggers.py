@@ -40,10 +40,11 @@ def test_resume_without_a_log_does_nothing(tmp_path: Path):
 
 def test_an_offline_wandb_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_SILENT", "true")  # the logger sets it too; this has it put back
     ids = []
     for step in (1, 2):
-        logger = wandb_logger(str(tmp_path), "ldm", "tiny", {"lr": 0.5})
+        logger = wandb_logger(str(tmp_path), "ldm", "tiny")
+        logger.log_hyperparams({"lr": 0.5})
         logger.log_metrics({"train/loss": 0.25}, step)
         assert logger.experiment.settings._offline
         assert logger.experiment.config["lr"] == 0.5
@@ -63,4 +64,4 @@ def test_offline_unless_there_is_a_key(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("NETRC", os.devnull)
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    assert wandb_logger(str(tmp_path), "ldm", "tiny", {})._offline is (key is None)  # nothing is sent before a log
+    assert wandb_logger(str(tmp_path), "ldm", "tiny")._offline is (key is None)  # nothing is sent before a log

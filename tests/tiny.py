@@ -1,5 +1,9 @@
 """Networks, batches and modules small enough to run in milliseconds; their weights are functions of a seed."""
 
+import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,3 +108,32 @@ def silent(module: Any) -> dict[str, Tensor]:
     write: Callable[..., None] = lambda name, value, **_: logged.__setitem__(name, value)  # noqa: E731
     module.log, module.log_dict = write, lambda values, **_: logged.update(values)
     return logged
+
+
+def process(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python train.py ...` as a user runs it."""
+    return subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, env=_environment() | environment, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def here(script: str, *arguments: str) -> int:
+    """The same in this process, where torch is imported already. Returns the exit code."""
+    before, argv = dict(os.environ), sys.argv
+    os.environ.clear()
+    os.environ.update(_environment())
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(before)
+    return 0
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"} | {"WANDB_MODE": "offline"}

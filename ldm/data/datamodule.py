@@ -25,7 +25,8 @@ class ShardDataModule(pl.LightningDataModule):
     """Training: an endless, shuffled, resumable stream (see stream.py). Validation: the first samples, in order, once.
 
     Args:
-        shards, val_shards: local paths with brace ranges, such as data/{00000..00012}.tar.
+        shards: local paths with brace ranges, such as data/{00000..00012}.tar.
+        val_shards: likewise; None: the last of `shards` is held out from training for validation.
         side: pictures come as uint8 (B, 3, side, side).
         batch_size: samples of one optimizer step, over all ranks and accumulation steps.
         steps: optimizer steps of the whole run. The training loader is that long: Lightning loses a batch at every
@@ -49,7 +50,7 @@ class ShardDataModule(pl.LightningDataModule):
     def __init__(
         self,
         shards: str | Sequence[str],
-        val_shards: str | Sequence[str],
+        val_shards: str | Sequence[str] | None,
         side: int,
         batch_size: int,
         steps: int,
@@ -101,12 +102,23 @@ class ShardDataModule(pl.LightningDataModule):
     @cached_property
     def paths(self) -> list[str]:
         """The training shards."""
-        return expand(self.shards, self.how_to_make)
+        return self._split[0]
+
+    @cached_property
+    def _split(self) -> tuple[list[str], list[str]]:
+        paths = expand(self.shards, self.how_to_make)
+        if self.val_shards is not None:
+            return paths, expand(self.val_shards, self.how_to_make)
+        if len(paths) < 2:
+            raise UserError(
+                f"data.shards={self.shards!r} is one shard: one more is needed to hold out, or data.val_shards=..."
+            )
+        return paths[:-1], paths[-1:]
 
     @cached_property
     def val(self) -> OrderedSamples:
         """The validation samples."""
-        return OrderedSamples(expand(self.val_shards, self.how_to_make), DecodeImage(self.side), self.val_samples)
+        return OrderedSamples(self._split[1], DecodeImage(self.side), self.val_samples)
 
     def setup(self, stage: str) -> None:
         """Find what is wrong with the data before the first step."""

@@ -57,8 +57,9 @@ def _step(line: str) -> float:
         return float("inf")  # a line that the kill cut short
 
 
-def wandb_logger(run_dir: str, project: str, name: str, config: dict[str, Any], **options: Any) -> WandbLogger:
+def wandb_logger(run_dir: str, project: str, name: str, **options: Any) -> WandbLogger:
     """A WandbLogger whose run id lives in the run directory, so that the same command continues the same W&B run."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # the banner says where the run is
     folder = Path(run_dir)
     id_file = folder / "wandb_id"
     if not id_file.exists():
@@ -66,7 +67,7 @@ def wandb_logger(run_dir: str, project: str, name: str, config: dict[str, Any], 
     offline = os.environ.get("WANDB_MODE") == "offline" or not _has_key()
     return WandbLogger(
         project=project, name=name, id=id_file.read_text().strip(), resume="allow", offline=offline, save_dir=folder,
-        config=config, **options,
+        **options,
     )  # fmt: skip
 
 

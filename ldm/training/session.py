@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
@@ -28,6 +29,10 @@ def banner(
     console.print(f"[bold]{name}[/]: {type(module).__name__}, {sizes[True] / 1e6:.2f}M trainable parameters{frozen}")
     batch = f"global batch {data.batch_size} on {trainer.world_size} rank(s), {trainer.precision}"
     console.print(f"  {trainer.max_steps} steps, {trainer.max_steps * data.batch_size:,} samples; {batch}")
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            where = logger.experiment.url or f"offline in {run_dir}/wandb; `wandb sync` uploads it"
+            console.print(f"  W&B: {where}")
     if step >= trainer.max_steps:
         console.print(f"  {run_dir} is complete at step {step}: nothing to do; raise trainer.max_steps to go on")
     else:

@@ -1,0 +1,119 @@
+"""Every yaml file: reached by its group, composed, checked, and built."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig
+
+from ldm import config
+from test_config import composed
+from tiny import ROOT, process
+
+OPTIONS = sorted(path.relative_to(config.CONFIGS) for path in config.CONFIGS.glob("*/**/*.yaml"))
+EXPERIMENTS = sorted((config.CONFIGS / "experiment").glob("*.yaml"))
+DATA = ["data.shards=s/{0..3}.tar", "data.val_shards=v.tar", "data.side=32", "data.batch_size=4"]
+NAMED = ["name=x", "trainer.max_steps=3", *DATA]
+
+
+def built(node: DictConfig, **objects: Any) -> Any:
+    with torch.device("meta"):
+        return config.build(node, **objects)
+
+
+@pytest.mark.parametrize("path", [path for path in OPTIONS if path.parts[0] != "experiment"], ids=str)
+def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
+    group, option = path.parent.as_posix(), path.stem
+    model = "autoencoder" if group == "model/autoencoder" else "latent_diffusion"
+    choice = [f"{group}={option}"] if group != "model" else []
+    cfg = composed("train", f"model={option if group == 'model' else model}", *choice, *NAMED, f"run_dir={tmp_path}")
+    config.check(cfg)
+    node = cfg
+    for part in path.parent.parts:
+        node = node[part]
+    if str(path) == "model/first_stage/run.yaml" or (group, option) == ("model", "latent_diffusion"):
+        node = cfg.model.first_stage
+        node.run = "runs/none"
+        with pytest.raises(InstantiationException, match="train it first: python train.py experiment=demo_autoencoder"):
+            config.build(node)
+    elif group == "trainer":
+        node.accelerator = "cpu"  # the machine may have no other
+        node.devices = 1
+        assert config.build(node, logger=False).max_steps == 3
+    elif group == "logger":
+        assert option == "none" and not node or config.build(node).name == "ldm"
+    elif group in ("callbacks", "metrics"):
+        assert len(config.build_each(node)) == len(node)
+    else:
+        assert built(node) is not None
+
+
+@pytest.mark.parametrize("name", ["latent_diffusion", "autoencoder"])
+def test_callbacks_stand_in_an_order_that_works(name: str):
+    """The data position and the average are up to date when the checkpoint is written."""
+    names = list(composed("train", f"callbacks={name}", *NAMED).callbacks)
+    assert names.index("position") < names.index("checkpoint")
+    assert names.index("ema") < names.index("checkpoint")
+    assert names.index("ema") < names.index("pictures")
+
+
+def header(path: Path) -> list[str]:
+    return [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The arguments of the train.py commands in a file's header."""
+    found = [re.search(r"python train.py (.*?)(?:\.?$|  )", line) for line in header(path)]
+    return [shlex.split(match[1]) for match in found if match]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_is_a_short_diff_that_says_command_cost_and_expectation(path: Path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < 30
+    assert lines[0] == "# @package _global_"
+    text = " ".join(header(path))
+    assert "Cost: " in text
+    assert "Expect: " in text
+    assert any(f"experiment={path.stem}" in command for command in commands(path))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_s_own_command_composes_and_builds(path: Path):
+    cfg = composed("train", *commands(path)[0])
+    config.check(cfg)
+    assert cfg.name == path.stem
+    if "first_stage" in cfg.model:
+        cfg.model.first_stage = composed("train", "model/first_stage=pixels", *NAMED).model.first_stage
+    module = built(cfg.model)
+    assert any(p.requires_grad for p in module.parameters())
+    data = config.build(cfg.data)
+    assert data.batch_size % cfg.trainer.accumulate_grad_batches == 0
+    assert data.steps == cfg.trainer.max_steps
+    assert len(config.build_each(cfg.callbacks)) == len(cfg.callbacks)
+    assert config.build(cfg.sampling).steps > 0
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_key_of_an_experiment_is_one_of_its_group_s(path: Path):
+    """An experiment cannot add a key that its groups do not have: Hydra's struct mode would not see it."""
+    cfg = composed("train", *commands(path)[0])
+    choices = [line.split(":") for line in re.findall(r"override (/\S+: \S+)", path.read_text())]
+    plain = composed("train", *[f"{group[1:]}={option.strip()}" for group, option in choices], *NAMED)
+    added = {key for key, _ in config.leaves(cfg)} - {key for key, _ in config.leaves(plain)}
+    assert {key for key in added if not key.rpartition(".")[2].isdigit()} == set()
+
+
+def test_the_command_line_shows_the_config():
+    result = process("train.py", "experiment=demo", "--cfg", "job")
+    assert result.returncode == 0, result.stderr
+    assert "caption_dropout: 0.1" in result.stdout
+    assert result.stderr == ""
+
+
+def test_the_package_holds_no_yaml_elsewhere():
+    assert [path for path in (ROOT / "ldm").rglob("*.yaml")] == []
