@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tiny import ROOT
 
 LIBRARY = sorted((ROOT / "ldm").rglob("*.py"))
@@ -76,7 +75,9 @@ def test_arrows_to_other_packages(path: Path):
 def test_files_and_functions_are_read_in_one_sitting(path: Path):
     text = path.read_text()
     assert len(text.splitlines()) < 400
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     assert [f.name for f in functions if f.end_lineno - f.body[0].lineno + 1 > 60] == []
 
 

@@ -2,6 +2,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from tiny import adam, autoencoder, batch, rows, silent
 from torch.nn.functional import l1_loss, mse_loss
 from torchmetrics.image import PeakSignalNoiseRatio
 
@@ -9,7 +10,6 @@ from ldm.batch import to_unit
 from ldm.keyed_random import KeyedRandom
 from ldm.training.autoencoder import AutoencoderModule
 from ldm.training.optim import Warmup
-from tiny import adam, autoencoder, batch, rows, silent
 
 
 def make(kl_weight: float = 1e-6, distance=mse_loss) -> AutoencoderModule:

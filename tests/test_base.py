@@ -2,12 +2,12 @@ from functools import partial
 
 import pytest
 import torch
+from tiny import adam
 from torch import nn
 
 from ldm.errors import UserError
 from ldm.training.base import TrainingModule, digest, frozen_state
 from ldm.training.optim import Warmup
-from tiny import adam
 
 
 class Module(TrainingModule):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
+from tiny import batch, latent_diffusion
 
 from ldm.batch import Batch, to_uint8
 from ldm.training.callbacks import DataPosition, Pictures, ReconstructionGrid, SampleGrid
-from tiny import batch, latent_diffusion
 
 
 def trainer(**changes: object) -> SimpleNamespace:
@@ -27,9 +27,7 @@ def validate(callback: Pictures, trainer: SimpleNamespace, module: object, batch
 def test_the_data_module_is_told_what_was_consumed():
     told = []
     part = batch(2)
-    DataPosition().on_train_batch_end(
-        trainer(datamodule=SimpleNamespace(consumed=told.append)), None, None, part, 0
-    )
+    DataPosition().on_train_batch_end(trainer(datamodule=SimpleNamespace(consumed=told.append)), None, None, part, 0)
     assert told == [part]
 
 

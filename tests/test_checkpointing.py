@@ -12,6 +12,7 @@ class FakeTrainer(SimpleNamespace):
     """Saves its step, and looks at the folder while it does."""
 
     global_step = 0
+    max_steps = 100
     is_global_zero = True
 
     def save_checkpoint(self, path: Path) -> None:
@@ -63,6 +64,15 @@ def test_never_within_an_accumulated_step(tmp_path: Path, begin: int):
     assert saved == [3 * begin + 6, 3 * begin + 12]
 
 
+def test_the_last_one_is_written_after_the_last_validation(tmp_path: Path):
+    """Or a kill during that validation would leave a complete run with the latent statistics of an earlier one."""
+    callback, trainer = Checkpoint(str(tmp_path), every=2), FakeTrainer(max_steps=4)
+    train(callback, trainer, 4)
+    assert names(tmp_path) == ["step_00000002.ckpt"]
+    callback.on_train_end(trainer, None)
+    assert names(tmp_path) == ["step_00000002.ckpt", "step_00000004.ckpt"]
+
+
 def test_newest_of_nothing(tmp_path: Path):
     assert newest(tmp_path) is None
 
@@ -71,7 +81,7 @@ def test_a_damaged_file_is_named(tmp_path: Path):
     path = tmp_path / "step_00000001.ckpt"
     torch.save({"weights": torch.ones(1000)}, path)
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UserError, match="cannot read the checkpoint .*step_00000001.ckpt"):
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*step_00000001\.ckpt"):
         read(path)
     path.write_bytes(b"")
     with pytest.raises(UserError, match="delete it to use the one before"):

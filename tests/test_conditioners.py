@@ -1,8 +1,8 @@
 import torch
+from tiny import WordEncoder, captions
 
 from ldm.batch import Batch
 from ldm.models.conditioners import TextConditioner
-from tiny import WordEncoder, captions
 
 
 def test_captions_become_tokens_mask_and_vector():

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
-
-from ldm import config
 from test_config import composed
 from tiny import ROOT, process
+
+from ldm import config
 
 OPTIONS = sorted(path.relative_to(config.CONFIGS) for path in config.CONFIGS.glob("*/**/*.yaml"))
 EXPERIMENTS = sorted((config.CONFIGS / "experiment").glob("*.yaml"))
@@ -38,14 +38,14 @@ def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
     if str(path) == "model/first_stage/run.yaml" or (group, option) == ("model", "latent_diffusion"):
         node = cfg.model.first_stage
         node.run = "runs/none"
-        with pytest.raises(InstantiationException, match="train it first: python train.py experiment=demo_autoencoder"):
+        with pytest.raises(InstantiationException, match=r"train it first: python train\.py experiment=demo_auto"):
             config.build(node)
     elif group == "trainer":
         node.accelerator = "cpu"  # the machine may have no other
         node.devices = 1
         assert config.build(node, logger=False).max_steps == 3
     elif group == "logger":
-        assert option == "none" and not node or config.build(node).name == "ldm"
+        assert (option == "none" and not node) or config.build(node).name == "ldm"
     elif group in ("callbacks", "metrics"):
         assert len(config.build_each(node)) == len(node)
     else:
@@ -62,7 +62,9 @@ def test_callbacks_stand_in_an_order_that_works(name: str):
 
 
 def header(path: Path) -> list[str]:
-    return [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+    return [
+        line[1:].strip() for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line
+    ]
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -116,4 +118,4 @@ def test_the_command_line_shows_the_config():
 
 
 def test_the_package_holds_no_yaml_elsewhere():
-    assert [path for path in (ROOT / "ldm").rglob("*.yaml")] == []
+    assert list((ROOT / "ldm").rglob("*.yaml")) == []

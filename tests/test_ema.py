@@ -4,13 +4,13 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from tiny import latent_diffusion
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ldm.errors import UserError
 from ldm.training.ema import EMA, load, swapped, trainable
 from ldm.training.optim import Warmup
-from tiny import latent_diffusion
 
 
 class Line(LightningModule):

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import wandb
 from PIL import Image
+from tiny import here, process
 
 from ldm.data import shapes
 from ldm.data.writer import ShardWriter
 from ldm.training import checkpointing
-from tiny import here, process
 
-COMMON = ["trainer=cpu", "logger=none", "callbacks.progress=null", "model/lr_schedule=warmup",
+COMMON = ["trainer=cpu", "logger=none", "callbacks.progress=null", "+trainer.enable_progress_bar=false", "model/lr_schedule=warmup",
           "model.lr_schedule.warmup=2", "callbacks.pictures.count=2", "trainer.log_every_n_steps=1",
           "data.batch_size=8", "data.val_samples=12", "data.val_batch_size=8"]  # fmt: skip
 AUTOENCODER = ["experiment=demo_autoencoder", *COMMON, "model.autoencoder.channels=8", "trainer.max_steps=2",
@@ -96,7 +97,9 @@ def test_a_run_directory_holds_what_it_should(runs: Runs):
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000004.ckpt", "step_00000006.ckpt"]
     assert sorted(p.name for p in (run_dir / "samples").iterdir()) == ["step_00000003.png", "step_00000006.png"]
     rows = [json.loads(line) for line in lines(run_dir)]
-    assert [(row["step"], row["samples_seen"]) for row in rows if "train/loss" in row] == [(n, 8 * n) for n in range(1, 7)]
+    assert [(row["step"], row["samples_seen"]) for row in rows if "train/loss" in row] == [
+        (n, 8 * n) for n in range(1, 7)
+    ]
     assert [row["step"] for row in rows if "val/loss" in row] == [3, 6]
 
 
@@ -122,11 +125,12 @@ def test_the_same_command_gives_the_same_bits_in_another_directory_and_process(r
     assert result.stderr == ""
 
 
-def test_three_steps_and_then_to_six_are_six_steps(runs: Runs, capsys: pytest.CaptureFixture[str]):
-    assert here("train.py", *runs.demo("longer", steps=3)) == 0
-    assert newest(runs.folder / "longer")["global_step"] == 3
-    assert here("train.py", *runs.demo("longer", steps=6)) == 0
-    assert "continues from step 3" in capsys.readouterr().out
+def test_a_run_in_four_parts_is_the_run_in_one(runs: Runs, capsys: pytest.CaptureFixture[str]):
+    """Continued at the end of its data, before and after a validation."""
+    for before, steps in ((0, 1), (1, 3), (3, 4), (4, 6)):
+        assert here("train.py", *runs.demo("longer", steps)) == 0
+        assert ("starts at step 0" if before == 0 else f"continues from step {before}") in capsys.readouterr().out
+        assert newest(runs.folder / "longer")["global_step"] == steps
     assert lines(runs.folder / "longer") == lines(runs.folder / "straight")
     assert_same_checkpoint(runs.folder / "longer", runs.folder / "straight")
 
@@ -141,6 +145,19 @@ def test_a_run_killed_between_checkpoints_ends_the_same(runs: Runs):
     (killed / "checkpoints" / "step_00000006.partial").write_bytes(b"half a checkpoint")
     assert here("train.py", *runs.demo("killed")) == 0
     assert lines(killed) == lines(runs.folder / "straight")
+    assert_same_checkpoint(killed, runs.folder / "straight")
+
+
+def test_a_run_killed_in_its_first_validation_trains_the_same(runs: Runs):
+    """Lightning leaves that validation out; what is trained, and every other line, is the same."""
+    killed = runs.folder / "killed_validating"
+    every = "callbacks.checkpoint.every=3"
+    assert here("train.py", *runs.demo("killed_validating"), every) == 0
+    checkpointing.newest(killed).unlink()
+    (killed / "metrics.jsonl").write_text("\n".join(lines(killed)[:3]) + "\n")  # three steps, no validation
+    assert here("train.py", *runs.demo("killed_validating"), every) == 0
+    straight = lines(runs.folder / "straight")
+    assert lines(killed) == [line for line in straight if "val/" not in line or '"step": 6' in line]
     assert_same_checkpoint(killed, runs.folder / "straight")
 
 
@@ -189,7 +206,11 @@ def test_evaluation_scores_the_run(runs: Runs, capsys: pytest.CaptureFixture[str
     arguments = [f"checkpoint={run_dir}", "n=12", "sampling.steps=3", "sweep.guidance=[1,3]", "pictures=4"]
     assert here("evaluate.py", *arguments) == 0
     folders = sorted((run_dir / "evaluation").iterdir())
-    assert [f.name.rpartition("-")[0] for f in folders] == ["step6-guidance1", "step6-guidance3", "step6-reconstruction"]
+    assert [f.name.rpartition("-")[0] for f in folders] == [
+        "step6-guidance1",
+        "step6-guidance3",
+        "step6-reconstruction",
+    ]
     content = json.loads((folders[1] / "results.json").read_text())
     assert content["protocol"]["n"] == 12
     assert content["protocol"]["sampling"]["steps"] == 3
@@ -219,6 +240,7 @@ def test_wandb_offline_continues_its_run(runs: Runs):
     for steps in (1, 2):
         arguments = [each for each in runs.autoencoder("logged") if each != "logger=none"]
         assert here("train.py", *arguments, f"trainer.max_steps={steps}", "trainer.val_check_interval=1") == 0
+        wandb.finish()  # in a process of its own, its end does this
     identity = (run_dir / "wandb_id").read_text()
     assert list(run_dir.glob(f"wandb/offline-run-*/run-{identity}.wandb"))
     assert len(lines(run_dir)) == 4

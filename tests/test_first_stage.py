@@ -1,10 +1,10 @@
 import pytest
 import torch
+from tiny import SIDE, autoencoder, batch, first_stage, rows
 
 from ldm.batch import to_unit
 from ldm.keyed_random import KeyedRandom
 from ldm.models.first_stage import FirstStage, Pixels
-from tiny import SIDE, autoencoder, batch, first_stage, rows
 
 
 def test_latents_are_normalized_posterior_samples():

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import SIDE, WordEncoder, batch, captions, first_stage, latent_diffusion, rows, silent
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
@@ -13,7 +14,6 @@ from ldm.diffusion.solvers import dpmpp_2m
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
 from ldm.training.ema import EMA
-from tiny import SIDE, WordEncoder, batch, captions, first_stage, latent_diffusion, rows, silent
 
 
 def test_the_training_loss_equals_a_hand_computation():

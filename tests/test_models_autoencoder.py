@@ -3,13 +3,13 @@ import re
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tiny import ROOT, autoencoder
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ldm import config
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, Posterior
-from tiny import ROOT, autoencoder
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +44,9 @@ def test_equals_diffusers():
         latent_channels=4, norm_num_groups=8,
     ).eval()  # fmt: skip
     network = AutoencoderKL(4, 16, [1, 2, 2], blocks=2, groups=8)
-    shapes = {key: value.shape for key, value in network.state_dict().items()}  # 1x1 convolutions where theirs is linear
+    shapes = {
+        key: value.shape for key, value in network.state_dict().items()
+    }  # 1x1 convolutions where theirs is linear
     weights = {our_key(key, 3): value for key, value in peer.state_dict().items()}
     network.load_state_dict({key: value.view(shapes[key]) for key, value in weights.items()})
     images, z = normal(2, 3, 32, 16).clamp(-1, 1), normal(2, 4, 8, 4, seed=1)

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny import batch
 from torch import Tensor
 from torchmetrics import Metric
 
 from ldm.errors import UserError
 from ldm.evaluation.protocol import protocol_id
 from ldm.evaluation.scoring import Reference, Round, evaluate, score
-from tiny import batch
 
 CAPTIONS = [f"caption {i}" for i in range(5)]
 REFERENCE = Reference(batch(5)["image"], CAPTIONS)

@@ -3,14 +3,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-from ldm.training import session
+from pytorch_lightning.loggers import WandbLogger
 from tiny import latent_diffusion
 
+from ldm.training import session
 
-def banner(capsys: pytest.CaptureFixture[str], step: int) -> str:
+
+def banner(capsys: pytest.CaptureFixture[str], step: int, loggers: tuple = ()) -> str:
     module = latent_diffusion()
-    trainer = SimpleNamespace(max_steps=2000, world_size=4, precision="bf16-mixed")
+    trainer = SimpleNamespace(max_steps=2000, world_size=4, precision="bf16-mixed", loggers=loggers)
     session.banner("flow", Path("runs/flow"), module, SimpleNamespace(batch_size=64), trainer, step)
     return capsys.readouterr().out
 
@@ -26,6 +27,17 @@ def test_the_banner_says_what_how_long_and_where(capsys: pytest.CaptureFixture[s
 def test_the_banner_of_a_run_that_goes_on_or_is_complete(capsys: pytest.CaptureFixture[str]):
     assert "runs/flow: continues from step 500" in banner(capsys, 500)
     assert "runs/flow is complete at step 2000: nothing to do" in banner(capsys, 2000)
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [("https://wandb.ai/x", "  W&B: https://wandb.ai/x"), (None, "  W&B: offline in runs/flow/wandb; `wandb sync` up")],
+)
+def test_the_banner_says_where_weights_and_biases_has_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str | None, line: str
+):
+    monkeypatch.setattr(WandbLogger, "experiment", SimpleNamespace(url=url))
+    assert line in banner(capsys, 0, (WandbLogger(offline=True),))
 
 
 def test_the_farewell_repeats_the_last_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

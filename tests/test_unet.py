@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tiny import ROOT, randomized
 from torch import Tensor
 
 from ldm import config
@@ -11,7 +12,6 @@ from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.models.layers import sinusoidal
 from ldm.models.unet import ResBlock, SpatialTransformer, UNet
-from tiny import ROOT, randomized
 
 COUNTS = {"unet_sd1": 859_520_964, "unet_sd2": 865_910_724, "unet_sdxl": 2_567_463_684}
 

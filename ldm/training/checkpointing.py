@@ -49,7 +49,8 @@ class Checkpoint(Callback):
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 and trainer.global_step != self.step:
+        step = trainer.global_step
+        if step % self.every == 0 and step not in (self.step, trainer.max_steps):  # the last one waits for validation
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

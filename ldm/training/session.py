@@ -14,8 +14,9 @@ from rich.console import Console
 def quiet() -> None:
     """Keeps Lightning's advice off the screen: the banner says what matters."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*tensorboard.*", ".*Checkpoint directory.*"):
-        warnings.filterwarnings("ignore", message)
+    advice = ("does not have many workers", "LeafSpec", "tensorboard", "Checkpoint directory", "in eval mode")
+    for message in (*advice, "your dataloader is not resumable"):  # it resumes: see data/datamodule.py
+        warnings.filterwarnings("ignore", f".*{message}")
 
 
 @rank_zero_only
@@ -23,7 +24,7 @@ def banner(
     name: str, run_dir: Path, module: LightningModule, data: LightningDataModule, trainer: Trainer, step: int
 ) -> None:
     """One line on what is trained, one on how long, one on where."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     sizes = {flag: sum(p.numel() for p in module.parameters() if p.requires_grad == flag) for flag in (True, False)}
     frozen = f", {sizes[False] / 1e6:.2f}M frozen" if sizes[False] else ""
     console.print(f"[bold]{name}[/]: {type(module).__name__}, {sizes[True] / 1e6:.2f}M trainable parameters{frozen}")

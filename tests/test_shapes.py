@@ -1,0 +1,108 @@
+"""The captioned shapes: a function of seed and index, captions that can be read back, hold-outs that are never shown."""
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm.data import shapes
+from ldm.data.shapes import Scene
+from ldm.data.stream import OrderedSamples
+from ldm.data.transforms import DecodeImage
+from ldm.errors import UserError
+
+
+def scenes(count: int, split: str = "train") -> list[tuple[Scene, str]]:
+    out = []
+    for i in range(count):
+        rng = np.random.default_rng([3, i])
+        scene = shapes.training_scene(rng) if split == "train" else shapes.validation_scene(i, rng)
+        out.append((scene, shapes.caption(scene, rng)))
+    return out
+
+
+def combination(scene: Scene) -> tuple[str, str, str, str, str]:
+    (s,) = scene.shapes
+    return s.shape, s.color, s.size, scene.position, scene.background
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_captions_state_what_is_drawn(split: str):
+    stated_counts = np.zeros(3)
+    pairs = scenes(2000, split)
+    for scene, text in pairs:
+        stated = shapes.parse(text)
+        assert [s[:2] for s in stated.shapes] == [(s.shape, s.color) for s in scene.shapes]
+        assert all(said in (None, s.size) for (_, _, said), s in zip(stated.shapes, scene.shapes, strict=True))
+        assert stated.relation == scene.relation
+        assert stated.position in (None, scene.position)
+        assert stated.background in (None, scene.background)
+        assert len(text.split()) <= 22
+        stated_counts += [stated.shapes[0][2] is not None, stated.background is not None, stated.position is not None]
+    share = stated_counts / len(pairs)
+    assert 0.6 < share[0] < 0.8
+    assert 0.6 < share[1] < 0.8
+    assert 0.4 < share[2] < 0.7  # two shapes have no position
+
+
+def test_there_are_enough_of_everything():
+    seen = [scene for scene, _ in scenes(3000)]
+    singles = [scene for scene in seen if len(scene.shapes) == 1]
+    assert {s.shape for scene in seen for s in scene.shapes} == set(shapes.SHAPES)
+    assert {s.color for scene in seen for s in scene.shapes} == set(shapes.COLORS)
+    assert {scene.position for scene in singles} == set(shapes.POSITIONS)
+    assert {scene.relation for scene in seen} == {*shapes.RELATIONS, None}
+    assert 0.2 < 1 - len(singles) / len(seen) < 0.3
+    assert {shapes.parse(text).background for _, text in scenes(200)} == {*shapes.BACKGROUNDS, None}
+
+
+def test_hold_outs_are_never_trained_on():
+    for scene, text in scenes(4000):
+        assert not {(s.shape, s.color) for s in scene.shapes} & shapes.UNSEEN_PAIRS
+        if len(scene.shapes) == 1:
+            assert not shapes.is_held_out(*combination(scene))
+            assert shapes.kind(text) == "single"
+        else:
+            assert shapes.kind(text) == "two"
+
+
+def test_validation_is_four_held_out_one_unseen_one_of_two():
+    held = scenes(600, "val")
+    assert [shapes.kind(text) for _, text in held[:12]] == (["single"] * 4 + ["unseen", "two"]) * 2
+    assert all(shapes.is_held_out(*combination(scene)) for i, (scene, _) in enumerate(held) if i % 6 < 4)
+    assert {shape for shape, _ in shapes.UNSEEN_PAIRS} == set(shapes.SHAPES)
+
+
+def test_shapes_stay_inside_and_apart():
+    for scene, _ in islice(scenes(3000), 3000):
+        for s in scene.shapes:
+            reach = s.radius * (1.0 if s.shape != "star" else 0.95)  # a star's side points; its top point may touch
+            assert reach <= s.x <= 1 - reach
+        if len(scene.shapes) == 2:
+            a, b = scene.shapes
+            along = abs(a.x - b.x) if scene.relation in ("left of", "right of") else abs(a.y - b.y)
+            assert along - a.radius - b.radius > 1.5 / 32
+
+
+def test_written_twice_the_same_and_skipped_when_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a", "b"):
+        shapes.write(tmp_path / name, train=30, val=12, side=32)
+    for file in (tmp_path / "a").rglob("*.tar"):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+    capsys.readouterr()
+    shapes.write(tmp_path / "a", train=30, val=12, side=32)
+    assert "is complete" in capsys.readouterr().out
+    (batch,) = OrderedSamples([str(tmp_path / "a/val/00000.tar")], DecodeImage(32)).batches(12)
+    assert batch["image"].shape == (12, 3, 32, 32)
+
+
+def test_another_seed_gives_other_pictures(tmp_path: Path):
+    shapes.write(tmp_path / "a", train=4, val=2)
+    shapes.write(tmp_path / "b", train=4, val=2, seed=1)
+    assert (tmp_path / "a/train/00000.tar").read_bytes() != (tmp_path / "b/train/00000.tar").read_bytes()
+
+
+def test_other_text_is_refused():
+    with pytest.raises(UserError, match="'a dog on a sofa' is no caption of shapes"):
+        shapes.parse("a dog on a sofa")
