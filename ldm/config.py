@@ -177,7 +177,7 @@ def open_run(cfg: DictConfig) -> Path:
     """
     run_dir = Path(cfg.run_dir)
     saved_path = run_dir / "config.yaml"
-    if saved_path.exists():
+    if any((run_dir / "checkpoints").glob("step_*.ckpt")):  # without one there is nothing to continue
         saved = OmegaConf.load(saved_path)
         for key, value in leaves(cfg):
             if key.split(".")[0] not in ("trainer", "callbacks", "logger"):

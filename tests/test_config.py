@@ -30,7 +30,7 @@ MISTAKES = {  # command line -> what its one line says
     f"{DEMO} model.backbone._target_=shutil.rmtree": "model.backbone._target_=shutil.rmtree is refused",
     f"{DEMO} name=../../outside": "name=../../outside names a directory under runs/",
     f"{DEMO} name=a;b": "error: ",
-    "name=x": "data.shards is required: give data.shards=... data.val_shards=... ",
+    "name=x": "data.shards is required: give data.shards=... ",
 }
 
 
@@ -167,7 +167,7 @@ def test_open_run_writes_the_resolved_config(demo: DictConfig):
 @pytest.mark.parametrize("experiment", ["demo", "demo_autoencoder"])
 def test_open_run_takes_the_same_run_again_also_longer(tmp_path: Path, experiment: str):
     overrides = [f"experiment={experiment}", f"run_dir={tmp_path}/run"]
-    config.open_run(composed("train", *overrides))
+    (config.open_run(composed("train", *overrides)) / "checkpoints" / "step_00000001.ckpt").touch()
     config.open_run(composed("train", *overrides))
     longer = ["trainer.max_steps=99999", "logger=none", "callbacks.checkpoint.every=7", "trainer=cpu"]
     run_dir = config.open_run(composed("train", *overrides, *longer))
@@ -175,14 +175,21 @@ def test_open_run_takes_the_same_run_again_also_longer(tmp_path: Path, experimen
 
 
 @pytest.mark.parametrize(
-    "change", ["model.backbone.channels=128", "seed=1", "data.batch_size=32", "model/loss=simple", "sampling.steps=9"]
+    "change", ["model.backbone.channels=128", "seed=1", "data.batch_size=48", "model/loss=simple", "sampling.steps=9"]
 )
 def test_open_run_refuses_another_run_in_the_same_directory(demo: DictConfig, change: str):
-    config.open_run(demo)
+    (config.open_run(demo) / "checkpoints" / "step_00000001.ckpt").touch()
     before = (Path(demo.run_dir) / "config.yaml").read_text()
     with pytest.raises(UserError, match=r"was made with .*, now it is .*: give another name=, or delete"):
         config.open_run(composed("train", DEMO, f"run_dir={demo.run_dir}", change))
     assert (Path(demo.run_dir) / "config.yaml").read_text() == before
+
+
+def test_a_run_that_has_no_checkpoint_yet_may_still_change(demo: DictConfig):
+    """A first attempt with a missing shard, say, is mended in place."""
+    config.open_run(demo)
+    config.open_run(composed("train", DEMO, f"run_dir={demo.run_dir}", "data.shards=elsewhere.tar"))
+    assert config.run_config(demo.run_dir).data.shards == "elsewhere.tar"
 
 
 def evaluated(demo: DictConfig, *overrides: str) -> DictConfig:

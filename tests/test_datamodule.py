@@ -68,6 +68,16 @@ def test_ranks_that_cannot_share(tiny_shards: str, tiny_val: str) -> None:
     as_rank(make("/nowhere.tar", tiny_val), 0, 3).setup("validate")  # which needs no training shards
 
 
+def test_without_validation_shards_the_last_shard_is_held_out(tiny_shards: str) -> None:
+    data = make(tiny_shards, None)
+    data.setup("fit")
+    assert data.val_paths == [data.paths[0].replace("00000", "00007")]
+    assert len(data.paths) == 7
+    assert data.val_paths[0] not in data.paths
+    with pytest.raises(UserError, match="is one shard; give one more to hold out"):
+        make(data.paths[0], None).setup("fit")
+
+
 def test_micro_batches_cut_each_step_in_order(tiny_shards: str, tiny_val: str) -> None:
     data = make(tiny_shards, tiny_val, steps=3, accumulate=2, random_flip=True)
     loader = data.train_dataloader()

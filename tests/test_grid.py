@@ -23,11 +23,11 @@ def test_each_picture_stands_in_its_cell_enlarged_by_a_whole_factor(height: int,
         assert (cell == enlarged).all()
 
 
-def test_captions_are_written_below_and_at_most_three_lines_long():
+def test_captions_are_written_below_and_at_most_four_lines_long():
     images = pictures(2, 32, 32)
     short, long = picture_grid(images, ["a", "b"], 2), picture_grid(images, ["word " * 100, "b"], 2)
     assert isinstance(short, Image.Image)
-    assert long.height == short.height + 2 * 14
+    assert long.height == short.height + 3 * 14
     below = np.asarray(long)[8 + 128 + 2 : -9, 8 : 8 + 128]
     assert (below < 100).any()
 

@@ -102,23 +102,24 @@ class ShardDataModule(pl.LightningDataModule):
     @cached_property
     def paths(self) -> list[str]:
         """The training shards."""
-        return self._split[0]
+        paths = expand(self.shards, self.how_to_make)
+        if self.val_shards is None and len(paths) < 2:
+            raise UserError(
+                f"data.shards={self.shards!r} is one shard; give one more to hold out, or data.val_shards=..."
+            )
+        return paths if self.val_shards is not None else paths[:-1]
 
     @cached_property
-    def _split(self) -> tuple[list[str], list[str]]:
-        paths = expand(self.shards, self.how_to_make)
-        if self.val_shards is not None:
-            return paths, expand(self.val_shards, self.how_to_make)
-        if len(paths) < 2:
-            raise UserError(
-                f"data.shards={self.shards!r} is one shard: one more is needed to hold out, or data.val_shards=..."
-            )
-        return paths[:-1], paths[-1:]
+    def val_paths(self) -> list[str]:
+        """The validation shards."""
+        if self.val_shards is None:
+            return expand(self.shards, self.how_to_make)[-1:]
+        return expand(self.val_shards, self.how_to_make)
 
     @cached_property
     def val(self) -> OrderedSamples:
         """The validation samples."""
-        return OrderedSamples(self._split[1], DecodeImage(self.side), self.val_samples)
+        return OrderedSamples(self.val_paths, DecodeImage(self.side), self.val_samples)
 
     def setup(self, stage: str) -> None:
         """Find what is wrong with the data before the first step."""
