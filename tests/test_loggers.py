@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,19 @@ def test_an_offline_wandb_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.M
     assert all(file.stat().st_size for file in files)
 
 
-@pytest.mark.parametrize("key", [None, "0" * 40])
-def test_offline_unless_there_is_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None):
+@pytest.mark.parametrize(("key", "listening"), [(None, True), ("0" * 40, True), ("0" * 40, False)])
+def test_offline_unless_there_are_a_key_and_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, listening: bool
+):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "")  # Lightning writes to it; this has it put back
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", os.devnull)
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    assert wandb_logger(str(tmp_path), "ldm", "tiny")._offline is (key is None)  # nothing is sent before a log
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        if not listening:
+            server.close()
+        logger = wandb_logger(str(tmp_path), "ldm", "tiny")  # nothing is sent before a log
+    assert logger._offline is not (key is not None and listening)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 from PIL import Image
 
 from ldm.data.stream import OrderedSamples
@@ -33,7 +34,7 @@ def test_members_keys_and_side_files(tmp_path: Path):
         names = tar.getnames()
         row = json.load(tar.extractfile("000010001.json"))
         assert tar.extractfile("000010001.txt").read().decode() == "caption 3 é"
-    assert names == [f"{key}.{ext}" for key in ("000010000", "000010001") for ext in ("png", "txt", "json")]
+    assert names == [f"{key}.{ext}" for key in ("000010000", "000010001") for ext in ("json", "png", "txt")]
     assert (row["caption"], row["width"], row["height"], row["source"]) == ("caption 3 é", 20, 16, "here")
     assert pq.read_table(tmp_path / "00001.parquet").to_pylist()[1]["key"] == "000010001"
     assert json.loads((tmp_path / "00002_stats.json").read_text())["successes"] == 1
@@ -54,11 +55,15 @@ def test_an_interrupted_shard_is_invisible(tmp_path: Path):
     assert [path.name for path in tmp_path.glob("*.tar")] == ["00000.tar"]
 
 
-def test_our_reader_takes_them(tmp_path: Path):
+def test_our_reader_and_webdataset_read_the_same(tmp_path: Path):
     _write(tmp_path)
-    samples = OrderedSamples(sorted(str(p) for p in tmp_path.glob("*.tar")), DecodeImage(16))
-    (batch,) = samples.batches(8)
+    paths = sorted(str(p) for p in tmp_path.glob("*.tar"))
+    (batch,) = OrderedSamples(paths, DecodeImage(16)).batches(8)
     assert batch["caption"] == [f"caption {i} é" for i in range(5)]
+    theirs = list(webdataset.WebDataset(paths, shardshuffle=False))
+    assert [sample["__key__"] for sample in theirs] == batch["key"]
+    assert [sample["txt"].decode() for sample in theirs] == batch["caption"]
+    assert all(sample["png"] == _png("red") for sample in theirs)
 
 
 def test_a_key_has_room_for_four_digits(tmp_path: Path):

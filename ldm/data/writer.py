@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import webdataset
 from PIL import Image
 
 from ldm.errors import UserError
@@ -31,12 +31,15 @@ class ShardWriter:
         self.folder, self.shard_size = Path(folder), shard_size
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shard, self.rows = 0, []
-        self.tar: tarfile.TarFile | None = None
+        self.tar: webdataset.TarWriter | None = None
 
     def write(self, image: bytes, extension: str, caption: str, metadata: Mapping[str, Any] | None = None) -> str:
         """image: encoded; extension: "jpg" or "png"; metadata: plain data, into the json. Returns the sample's key."""
         if self.tar is None:
-            self.tar = tarfile.open(self._path(".tar.partial"), "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self.file = self._path(".tar.partial").open(
+                "wb"
+            )  # a file: given a name, webdataset would also take a command
+            self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)
         key = f"{self.shard:05d}{len(self.rows):04d}"
         width, height = Image.open(io.BytesIO(image)).size
         row = {
@@ -48,10 +51,8 @@ class ShardWriter:
             "height": height,
         }
         row |= {"original_width": width, "original_height": height, **(metadata or {})}
-        for name, data in ((extension, image), ("txt", caption.encode()), ("json", json.dumps(row).encode())):
-            member = tarfile.TarInfo(f"{key}.{name}")
-            member.size = len(data)
-            self.tar.addfile(member, io.BytesIO(data))
+        text = {"txt": caption.encode(), "json": json.dumps(row).encode()}
+        self.tar.write({"__key__": key, extension: image, **text})
         self.rows.append(row)
         if len(self.rows) == self.shard_size:
             self._finish()
@@ -60,10 +61,14 @@ class ShardWriter:
     def _path(self, ending: str) -> Path:
         return self.folder / f"{self.shard:05d}{ending}"
 
+    def _close(self) -> None:
+        self.tar.close()
+        self.file.close()
+
     def _finish(self) -> None:
         if self.tar is None:
             return
-        self.tar.close()
+        self._close()
         pq.write_table(pa.Table.from_pylist(self.rows), self._path(".parquet.partial"))
         stats = {"count": len(self.rows), "successes": len(self.rows), "failed_to_resize": 0}
         self._path("_stats.json.partial").write_text(json.dumps(stats))
@@ -80,4 +85,4 @@ class ShardWriter:
         if kind is None:
             self._finish()
         elif self.tar is not None:
-            self.tar.close()  # the partial shard stays invisible
+            self._close()  # the partial shard stays invisible

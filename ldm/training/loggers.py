@@ -4,8 +4,10 @@ import json
 import netrc
 import os
 import secrets
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
@@ -64,11 +66,21 @@ def wandb_logger(run_dir: str, project: str, name: str, **options: Any) -> Wandb
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    offline = os.environ.get("WANDB_MODE") == "offline" or not _has_key()
+    offline = os.environ.get("WANDB_MODE") == "offline" or not (_has_key() and _reachable())
     return WandbLogger(
         project=project, name=name, id=id_file.read_text().strip(), resume="allow", offline=offline, save_dir=folder,
         **options,
     )  # fmt: skip
+
+
+def _reachable() -> bool:
+    """Whether the server answers within seconds: waiting for one that does not would hold up training for minutes."""
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    try:
+        with socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=3):
+            return True
+    except OSError:
+        return False
 
 
 def _has_key() -> bool:
