@@ -17,7 +17,7 @@ from ldm.data.writer import ShardWriter
 from ldm.training import checkpointing
 
 COMMON = ["trainer=cpu", "logger=none",
-          "callbacks.progress=null", "+trainer.enable_progress_bar=false", "model/lr_schedule=warmup",
+          "callbacks.progress=null", "trainer.enable_progress_bar=false", "model/lr_schedule=warmup",
           "model.lr_schedule.warmup=2", "callbacks.pictures.count=2", "trainer.log_every_n_steps=1",
           "data.batch_size=8", "data.val_samples=12", "data.val_batch_size=8"]  # fmt: skip
 AUTOENCODER = ["experiment=demo_autoencoder", *COMMON, "model.autoencoder.channels=8", "trainer.max_steps=2",

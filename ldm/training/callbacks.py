@@ -1,4 +1,4 @@
-"""Callbacks: the data position, and pictures during training."""
+"""Callbacks: the data position, the progress bar, and pictures during training."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import WandbLogger
 
 from ldm.batch import Batch, to_uint8
@@ -21,6 +22,20 @@ class DataPosition(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, _: int
     ) -> None:
         trainer.datamodule.consumed(batch)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar, over the steps of the run: a run here is one endless epoch."""
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'training':{len(self.validation_description)}}"
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class Pictures(Callback):
