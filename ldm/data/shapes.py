@@ -35,9 +35,9 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = ("small", "large")
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-SMALL, LARGE, LARGE_OF_TWO = 0.155, 0.25, 0.215  # radii over the picture's side
-SIZE_LIMIT = 0.185  # below it a radius is small
-CENTERS = (0.3, 0.5, 0.7)  # of the 3 x 3 positions; of two shapes: 0.23 and 0.77
+SMALL, LARGE, LARGE_OF_TWO = 0.165, 0.26, 0.22  # radii over the picture's side
+SIZE_LIMIT = 0.195  # below it a radius is small
+CENTERS = (0.31, 0.5, 0.69)  # of the 3 x 3 positions; of two shapes: 0.23 and 0.77
 
 # shown to no training picture: whether a model composes what it has seen apart
 UNSEEN_PAIRS = frozenset(
@@ -154,8 +154,8 @@ def _singles(rng: np.random.Generator, unseen: bool) -> Iterator[Scene]:
     while True:
         (shape, color), size, position = _pair(rng, unseen), _pick(rng, SIZES), _pick(rng, POSITIONS)
         row, column = divmod(POSITIONS.index(position), 3)
-        x, y = (CENTERS[i] + rng.uniform(-0.02, 0.02) for i in (column, row))
-        radius = SMALL + rng.uniform(-0.008, 0.008) if size == "small" else LARGE + rng.uniform(-0.015, 0.015)
+        x, y = (CENTERS[i] + rng.uniform(-0.015, 0.015) for i in (column, row))
+        radius = (SMALL if size == "small" else LARGE) + rng.uniform(-0.008, 0.008)
         yield Scene(_pick(rng, BACKGROUNDS), (Shape(shape, color, size, x, y, radius),), position, None)
 
 
@@ -171,7 +171,7 @@ def _two(rng: np.random.Generator) -> Scene:
         along, across = along + rng.uniform(-0.01, 0.01), 0.5 + rng.uniform(-0.06, 0.06)
         x, y = (along, across) if relation in ("left of", "right of") else (across, along)
         size = _pick(rng, SIZES)
-        radius = (SMALL if size == "small" else LARGE_OF_TWO) + rng.uniform(-0.008, 0.008)
+        radius = (SMALL if size == "small" else LARGE_OF_TWO) + rng.uniform(-0.006, 0.006)
         shapes.append(Shape(shape, color, size, x, y, radius))
     return Scene(_pick(rng, BACKGROUNDS), tuple(shapes), None, relation)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -96,6 +97,7 @@ def evaluate(
         (result / "results.json").write_text(json.dumps(content, indent=1) + "\n")
         picture_grid(images[:pictures], reference.captions[:pictures], 8).save(result / "grid.png")
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 100)  # into a file it would be 80, and cut the names
     console.print(table(scores, f"{len(reference.captions)} captions, step {step}"))
     console.print(f"scores:  {result}/results.json\npicture: {result}/grid.png")
     return scores
@@ -103,8 +105,8 @@ def evaluate(
 
 def table(scores: dict[str, dict[str, float]], title: str) -> Table:
     """Metrics down, rounds across."""
-    out = Table(title=title)
-    out.add_column("metric")
+    out = Table(title=title, box=SIMPLE_HEAD)
+    out.add_column("metric", no_wrap=True)
     for label in scores:
         out.add_column(label, justify="right")
     for name in next(iter(scores.values())):

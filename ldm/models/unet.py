@@ -14,14 +14,18 @@ from ldm.models.layers import Downsample, TransformerBlock, Upsample, per_token,
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around an added noise embedding; the second starts at zero."""
+    """Two 3x3 convolutions around the noise embedding; the second starts at zero.
 
-    def __init__(self, channels: int, out_channels: int, embed_channels: int, groups: int) -> None:
+    The embedding is added, or with `scale_shift` scales and shifts what the normalization gives (ADM, Dhariwal & Nichol 2021).
+    """
+
+    def __init__(self, channels: int, out_channels: int, embed_channels: int, groups: int, scale_shift: bool) -> None:
         super().__init__()
+        self.scale_shift = scale_shift
         self.in_layers = nn.Sequential(
             nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_channels, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embed_channels, (1 + scale_shift) * out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, out_channels),
             nn.SiLU(),
@@ -31,8 +35,13 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(embedding)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        h, modulation = self.in_layers(x), self.emb_layers(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + modulation)
+        return self.skip_connection(x) + h
 
 
 class SpatialTransformer(nn.Module):
@@ -89,6 +98,9 @@ class UNet(nn.Module):
         linear: project into the transformers by linear layers (SD v2, SDXL) in place of 1x1 convolutions (SD v1).
         vector_channels: width of cond.vector, added to the noise embedding; 0 takes none.
         groups: of the group normalizations.
+        scale_shift: let the noise embedding scale and shift features (ADM, GLIDE, unCLIP) in place of adding to them (SD).
+        coordinates: append two channels, x and y in [-1, 1], to the input (CoordConv, Liu et al. 2018). Without them a
+            U-Net knows where it is only from the zeros that its convolutions pad with.
         noise_scale: factor on c_noise before its sinusoidal embedding: 1 for step indices, about 1000 for t in [0, 1].
 
     Raises:
@@ -110,6 +122,8 @@ class UNet(nn.Module):
         linear: bool = False,
         vector_channels: int = 0,
         groups: int = 32,
+        scale_shift: bool = False,
+        coordinates: bool = False,
         noise_scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -120,11 +134,12 @@ class UNet(nn.Module):
         if channels % groups:
             raise UserError(f"unet: {channels} channels do not divide into {groups} groups; change channels or groups")
         self.in_channels, self.channels, self.vector_channels = in_channels, channels, vector_channels
+        self.coordinates = coordinates
         self.noise_scale, self.factor = noise_scale, 2 ** (len(multipliers) - 1)
         embed = 4 * channels
 
         def residual(width: int, out: int) -> ResBlock:
-            return ResBlock(width, out, embed, groups)
+            return ResBlock(width, out, embed, groups, scale_shift)
 
         def transformer(width: int, depth: int) -> list[SpatialTransformer]:
             if depth == 0:
@@ -137,7 +152,7 @@ class UNet(nn.Module):
             self.label_emb = nn.Sequential(nn.Linear(vector_channels, embed), nn.SiLU(), nn.Linear(embed, embed))
 
         width = channels
-        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, width, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels + 2 * coordinates, width, 3, padding=1)])])
         skips = [width]
         for level, (mult, depth) in enumerate(zip(multipliers, depths, strict=True)):
             for _ in range(blocks):
@@ -171,6 +186,8 @@ class UNet(nn.Module):
         embedding = self.time_embed(sinusoidal(c_noise * self.noise_scale, self.channels).to(x.dtype))
         if self.vector_channels:
             embedding = embedding + self.label_emb(cond.vector)
+        if self.coordinates:
+            x = torch.cat([x, _coordinates(x)], dim=1)
         skips = []
         for stage in self.input_blocks:
             x = stage(x, embedding, cond)
@@ -193,3 +210,11 @@ class UNet(nn.Module):
                 f"unet: cond.vector has {cond.vector.shape[1]} features, the network takes {self.vector_channels} "
                 "(vector_channels)"
             )
+
+
+def _coordinates(x: Tensor) -> Tensor:
+    """(B, 2, H, W): x and y from -1 at the first pixel to 1 at the last."""
+    height, width = x.shape[2:]
+    rows = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype)
+    columns = torch.linspace(-1, 1, width, device=x.device, dtype=x.dtype)
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy")).expand(len(x), 2, height, width)
