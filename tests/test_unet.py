@@ -76,6 +76,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
          "projection_class_embeddings_input_dim": 12 + 6 * 8},
     ),
+    "ADM": (
+        {"multipliers": [1, 2, 2], "depths": [1, 1, 0], "middle_depth": 1, "heads": 4, "scale_shift": True},
+        {"attention_head_dim": 4, "resnet_time_scale_shift": "scale_shift"},
+    ),
 }  # fmt: skip
 
 
@@ -118,8 +122,20 @@ def test_a_fresh_network_returns_zero_and_its_branches_are_identities():
     assert network(x, torch.zeros(2), conditioning(2, 6)).shape == (2, 3, 8, 8)
     assert not network(x, torch.zeros(2), conditioning(2, 6)).any()
     h = normal(2, 8, 4, 4)
-    torch.testing.assert_close(ResBlock(8, 8, 32, 4)(h, normal(2, 32)), h)
+    for scale_shift in (False, True):
+        torch.testing.assert_close(ResBlock(8, 8, 32, 4, scale_shift)(h, normal(2, 32)), h)
     torch.testing.assert_close(SpatialTransformer(8, 2, 4, 1, 6, 4, False)(h, conditioning(2, 6)), h)
+
+
+def test_coordinates_tell_a_network_where_it_is():
+    network = tiny_unet(coordinates=True)
+    seen = []
+    network.input_blocks[0][0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = normal(2, 4, 4, 6)
+    network(x, torch.zeros(2), conditioning(2, 6))
+    torch.testing.assert_close(seen[0][:, :4], x)
+    torch.testing.assert_close(seen[0][1, 4], torch.linspace(-1, 1, 6).expand(4, 6))
+    torch.testing.assert_close(seen[0][1, 5], torch.linspace(-1, 1, 4)[:, None].expand(4, 6))
 
 
 def test_padding_tokens_do_not_matter():

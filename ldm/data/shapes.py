@@ -35,9 +35,9 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = ("small", "large")
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-SMALL, LARGE, LARGE_OF_TWO = 0.165, 0.26, 0.22  # radii over the picture's side
-SIZE_LIMIT = 0.195  # below it a radius is small
-CENTERS = (0.31, 0.5, 0.69)  # of the 3 x 3 positions; of two shapes: 0.23 and 0.77
+SMALL, LARGE, LARGE_OF_TWO = 0.165, 0.26, 0.21  # radii over the picture's side
+SIZE_LIMIT = 0.19  # below it a radius is small
+CENTERS = (0.31, 0.5, 0.69)  # of the 3 x 3 positions; of two shapes: 0.24 and 0.76
 
 # shown to no training picture: whether a model composes what it has seen apart
 UNSEEN_PAIRS = frozenset(
@@ -87,7 +87,7 @@ def coverage(shape: str, x: float, y: float, radius: float, side: int, samples: 
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    outer, inner, tenth = 1.15, 0.5, np.pi / 5
+    outer, inner, tenth = 1.1, 0.48, np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + tenth) % (2 * tenth) - tenth)  # folded onto half a point
     rho = np.hypot(u, v)
     ex, ey = inner * np.cos(tenth) - outer, inner * np.sin(tenth)
@@ -97,7 +97,7 @@ def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 _INSIDE = {
     "circle": lambda u, v: u * u + v * v <= 1,
     "square": lambda u, v: (np.abs(u) <= 0.88) & (np.abs(v) <= 0.88),
-    "triangle": lambda u, v: (v <= 0.8) & (np.abs(u) * 1.85 <= (v + 1.05) * 1.12),
+    "triangle": lambda u, v: (v <= 0.8) & (np.abs(u) * 1.85 <= (v + 1.05) * 1.04),
     "star": _star,
     "ring": lambda u, v: (u * u + v * v <= 1.1) & (u * u + v * v >= 0.36),
     "cross": lambda u, v: ((np.abs(u) <= 0.34) & (np.abs(v) <= 1)) | ((np.abs(v) <= 0.34) & (np.abs(u) <= 1)),
@@ -165,13 +165,13 @@ def _two(rng: np.random.Generator) -> Scene:
     while second[1] == first[1]:  # two colors, so that the caption says which is which
         second = _pair(rng, False)
     shapes = []
-    for (shape, color), along in zip((first, second), (0.23, 0.77), strict=True):
+    for (shape, color), along in zip((first, second), (0.24, 0.76), strict=True):
         if relation in ("right of", "below"):
             along = 1 - along
         along, across = along + rng.uniform(-0.01, 0.01), 0.5 + rng.uniform(-0.06, 0.06)
         x, y = (along, across) if relation in ("left of", "right of") else (across, along)
         size = _pick(rng, SIZES)
-        radius = (SMALL if size == "small" else LARGE_OF_TWO) + rng.uniform(-0.006, 0.006)
+        radius = (SMALL if size == "small" else LARGE_OF_TWO) + rng.uniform(-0.005, 0.005)
         shapes.append(Shape(shape, color, size, x, y, radius))
     return Scene(_pick(rng, BACKGROUNDS), tuple(shapes), None, relation)
 
