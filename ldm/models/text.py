@@ -41,7 +41,9 @@ class TransformerText(nn.Module):
         self.position = nn.Parameter(torch.empty(context_length, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, width // heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        nn.init.normal_(self.embed.weight, std=0.02 if embed_width is None else embed_width**-0.5)
+        self.pool_norm = nn.LayerNorm(width)
+        if embed_width is None:  # else unit normal: a state begins as its token, not as what the first layers make of it
+            nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.position, std=0.02)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -57,11 +59,10 @@ class TransformerText(nn.Module):
         return ids, mask
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens (B, L, width), mask (B, L) bool, vector (B, width): the state of the end-of-text token."""
+        """tokens (B, L, width), mask (B, L) bool, vector (B, width): the normalized mean of the states."""
         ids, mask = (t.to(self.position.device) for t in self.tokenize(captions))
         x = self.project(self.embed(ids)) + self.position
         for block in self.blocks:
             x = block(x, mask=mask)
-        x = self.norm(x)
-        end = mask.sum(dim=1) - 1
-        return x, mask, x[torch.arange(len(x), device=x.device), end]
+        x, weight = self.norm(x), mask[:, :, None].to(x.dtype)
+        return x, mask, self.pool_norm((x * weight).sum(dim=1) / weight.sum(dim=1))
