@@ -103,6 +103,54 @@ def test_another_seed_gives_other_pictures(tmp_path: Path):
     assert (tmp_path / "a/train/00000.tar").read_bytes() != (tmp_path / "b/train/00000.tar").read_bytes()
 
 
-def test_other_text_is_refused():
-    with pytest.raises(UserError, match="'a dog on a sofa' is no caption of shapes"):
-        shapes.parse("a dog on a sofa")
+def test_an_interrupted_or_smaller_rewrite_leaves_nothing_of_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shapes.write(tmp_path, train=2050, val=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "training_scene", lambda rng: 1 / 0)
+        patch.setattr(shapes, "_fingerprint", lambda side: "another")
+        with pytest.raises(ZeroDivisionError):
+            shapes.write(tmp_path, train=2050, val=2, seed=1)
+    assert "seed" not in (tmp_path / "shapes.json").read_text()
+    shapes.write(tmp_path, train=2, val=2)
+    assert sorted(path.name for path in (tmp_path / "train").glob("*.tar")) == ["00000.tar"]
+
+
+def test_data_of_another_geometry_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shapes.write(tmp_path, train=4, val=2)
+    before = (tmp_path / "train/00000.tar").read_bytes()
+    monkeypatch.setattr(shapes, "SMALL", shapes.SMALL - 0.01)
+    monkeypatch.setattr(shapes, "LARGE", shapes.LARGE - 0.01)
+    capsys.readouterr()
+    shapes.write(tmp_path, train=4, val=2)
+    assert "is complete" not in capsys.readouterr().out
+    assert (tmp_path / "train/00000.tar").read_bytes() != before
+
+
+def test_foreign_shards_and_bad_numbers_are_refused(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/00000.tar").write_bytes(b"precious")
+    with pytest.raises(UserError, match="holds shards but no shapes"):
+        shapes.write(tmp_path, train=2, val=2)
+    assert (tmp_path / "train/00000.tar").read_bytes() == b"precious"
+    for numbers in ({"train": -1}, {"side": 4}, {"seed": -1}):
+        with pytest.raises(UserError, match="give counts and seed >= 0 and a side >= 8"):
+            shapes.write(tmp_path / "new", **numbers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a dog on a sofa", "a red star chasing a dog", "a red star left of", "a red and blue star", "red star!"],
+)
+def test_other_text_is_refused(text: str):
+    with pytest.raises(UserError, match="is no caption of shapes"):
+        shapes.parse(text)
+
+
+def test_an_orange_shape():
+    rng = np.random.default_rng(0)
+    scene = Scene("black", (shapes.Shape("star", "orange", "small", 0.5, 0.5, 0.15),), "center", None)
+    texts = {shapes.caption(scene, rng) for _ in range(300)}
+    assert any("an orange star" in text for text in texts)
+    assert not any("a orange" in text for text in texts)

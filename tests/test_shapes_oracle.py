@@ -9,6 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ldm.data import shapes, shapes_oracle
+from ldm.errors import UserError
 
 
 def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -86,3 +87,17 @@ def test_no_picture_makes_it_fail(fill: int):
     shapes_oracle.attributes(noise)
     flat[16, 16] = (255, 0, 0)
     assert shapes_oracle.attributes(flat)[1] == []  # a speck
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("side", [1, 2, 8, 32])
+def test_a_background_of_a_shapes_color_is_no_division_by_zero(side: int):
+    for color in shapes.COLORS.values():
+        image = np.full((side, side, 3), color, np.uint8)
+        image[side // 4 : side // 2 + 1, side // 4 : side // 2 + 1] = 0
+        shapes_oracle.score(image, "a small red star left of a large blue ring")
+
+
+def test_a_picture_that_is_not_square_is_refused():
+    with pytest.raises(UserError, match="48 x 32 px"):
+        shapes_oracle.attributes(np.zeros((32, 48, 3), np.uint8))

@@ -53,6 +53,7 @@ def test_an_interrupted_shard_is_invisible(tmp_path: Path):
             writer.write(_png("red"), "png", "x")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.glob("*.tar")] == ["00000.tar"]
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_our_reader_and_webdataset_read_the_same(tmp_path: Path):
@@ -69,3 +70,11 @@ def test_our_reader_and_webdataset_read_the_same(tmp_path: Path):
 def test_a_key_has_room_for_four_digits(tmp_path: Path):
     with pytest.raises(UserError, match="shard_size is 10000"):
         ShardWriter(tmp_path, 10_000)
+
+
+def test_only_pictures_are_written(tmp_path: Path):
+    with pytest.raises(UserError, match="extension is 'txt'"), ShardWriter(tmp_path) as writer:
+        writer.write(_png("red"), "txt", "x")
+    with pytest.raises(UserError, match="4 bytes that are no picture"), ShardWriter(tmp_path) as writer:
+        writer.write(b"junk", "png", "x")
+    assert not list(tmp_path.iterdir())

@@ -178,17 +178,17 @@ def _two(rng: np.random.Generator) -> Scene:
 
 
 _SINGLE = (
-    "a {size}{color} {shape}{at}{on}",
-    "a picture of a {size}{color} {shape}{at}{on}",
+    "{a} {size}{color} {shape}{at}{on}",
+    "a picture of {a} {size}{color} {shape}{at}{on}",
     "{color} {shape}{comma_size}{comma_position}{comma_on}",
-    "{on_first}a {size}{color} {shape}{at}",
-    "there is a {size}{color} {shape}{at}{ground}",
+    "{on_first}{a} {size}{color} {shape}{at}",
+    "there is {a} {size}{color} {shape}{at}{ground}",
     "a {size}{shape} in {color}{at}{on}",
 )
 _TWO = (
-    "a {size}{color} {shape} {relation} a {size2}{color2} {shape2}{on}",
-    "a picture of a {size}{color} {shape} {relation} a {size2}{color2} {shape2}{on}",
-    "{on_first}a {size}{color} {shape} {relation} a {size2}{color2} {shape2}",
+    "{a} {size}{color} {shape} {relation} {a2} {size2}{color2} {shape2}{on}",
+    "a picture of {a} {size}{color} {shape} {relation} {a2} {size2}{color2} {shape2}{on}",
+    "{on_first}{a} {size}{color} {shape} {relation} {a2} {size2}{color2} {shape2}",
     "{size}{color} {shape} {relation} {size2}{color2} {shape2}{comma_on}",
 )
 
@@ -209,13 +209,36 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     words |= {
         "comma_on": f", on {background}" if background else "",
         "on_first": f"on {background}, " if background else "",
+        "a": _article(size or first.color),
     }
     if len(scene.shapes) == 2:
         second = scene.shapes[1]
         size2 = maybe(second.size)
         words |= {"shape2": second.shape, "color2": second.color, "size2": f"{size2} " if size2 else ""}
+        words |= {"a2": _article(size2 or second.color)}
     templates = _SINGLE if len(scene.shapes) == 1 else _TWO
     return templates[rng.integers(len(templates))].format(**words)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _patterns() -> list[re.Pattern[str]]:
+    """Every template as a regular expression that names what it states."""
+    words = {"shape": SHAPES, "color": COLORS, "size": SIZES, "position": POSITIONS, "relation": RELATIONS}
+    words |= {"background": BACKGROUNDS}
+    one = {f"{name}{n}": f"(?P<{name}{n}>{'|'.join(values)})" for name, values in words.items() for n in ("", "2")}
+    slots = {name: one[name] for name in ("shape", "color", "relation", "shape2", "color2")}
+    slots |= {"a": "an?", "a2": "an?", "size": f"(?:{one['size']} )?", "size2": f"(?:{one['size2']} )?"}
+    slots |= {"comma_size": f"(?:, {one['size']})?", "comma_position": f"(?:, {one['position']})?"}
+    slots |= {"at": f"(?: at the {one['position']})?", "on": f"(?: on {one['background']})?"}
+    slots |= {"ground": f"(?: on a {one['background']} background)?"}
+    slots |= {"comma_on": f"(?:, on {one['background']})?", "on_first": f"(?:on {one['background']}, )?"}
+    return [re.compile(template.format(**slots)) for template in (*_SINGLE, *_TWO)]
+
+
+_PATTERNS = _patterns()
 
 
 @dataclass(frozen=True)
@@ -228,28 +251,22 @@ class Stated:
     background: str | None
 
 
-def _find(words: tuple[str, ...] | dict[str, tuple[int, int, int]], text: str) -> str | None:
-    match = re.search(rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b", text)
-    return match.group(1) if match else None
-
-
 def parse(text: str) -> Stated:
     """The inverse of `caption`.
 
     Raises:
-        UserError: the text does not name a shape and its color.
+        UserError: the text is not one of `caption`'s phrasings, whole.
     """
-    relation = _find(RELATIONS, text)
-    shapes = []
-    for part in text.split(f" {relation} ") if relation else [text]:
-        shape, color = _find(SHAPES, part), _find(COLORS, part)
-        if shape is None or color is None:
-            raise UserError(
-                f"{text!r} is no caption of shapes; expected a color and a shape, as in 'a small red star on black'"
-            )
-        shapes.append((shape, color, _find(SIZES, part)))
-    position = None if relation else _find(POSITIONS, text)
-    return Stated(tuple(shapes), position, relation, _find(BACKGROUNDS, text))
+    match = next(filter(None, (pattern.fullmatch(text) for pattern in _PATTERNS)), None)
+    if match is None:
+        raise UserError(
+            f"{text!r} is no caption of shapes; expected a phrasing of ldm/data/shapes.py, as in 'a small red star on black'"
+        )
+    said = match.groupdict()
+    shapes = [
+        tuple(said[f"{name}{n}"] for name in ("shape", "color", "size")) for n in ("", "2") if f"shape{n}" in said
+    ]
+    return Stated(tuple(shapes), said.get("position"), said.get("relation"), said.get("background"))
 
 
 def kind(text: str) -> str:
@@ -260,24 +277,56 @@ def kind(text: str) -> str:
     return "unseen" if stated.shapes[0][:2] in UNSEEN_PAIRS else "single"
 
 
+def _sample(seed: int, number: int, index: int) -> tuple[Scene, str]:
+    """Scene and caption: a function of seed, split (0 train, 1 val) and index alone."""
+    rng = np.random.default_rng([seed, number, index])
+    scene = training_scene(rng) if number == 0 else validation_scene(index, rng)
+    return scene, caption(scene, rng)
+
+
+def _fingerprint(side: int) -> str:
+    """Of what this program draws and says: data of an older grammar or geometry are not taken for today's."""
+    digest = hashlib.blake2b(digest_size=8)
+    for number, index in itertools.product((0, 1), range(48)):
+        scene, text = _sample(0, number, index)
+        digest.update(json.dumps([asdict(scene), text]).encode() + render(scene, side).tobytes())
+    return digest.hexdigest()
+
+
 def write(folder: str | Path, train: int = 24_576, val: int = 1_536, side: int = 32, seed: int = 0) -> None:
-    """Writes folder/train/*.tar and folder/val/*.tar, unless they are there from the same arguments.
+    """Writes folder/train/*.tar and folder/val/*.tar, unless they are there from the same arguments and program.
 
     Sample i of a split is a function of (seed, split, i).
+
+    Raises:
+        UserError: a count or the side is too small, or the folder holds shards that this function did not write.
     """
     folder = Path(folder)
-    manifest, request = folder / "shapes.json", {"train": train, "val": val, "side": side, "seed": seed}
+    if min(train, val, seed) < 0 or side < 8:
+        raise UserError(
+            f"train {train}, val {val}, seed {seed}, side {side}: give counts and seed >= 0 and a side >= 8"
+        )
+    manifest = folder / "shapes.json"
+    request = {"train": train, "val": val, "side": side, "seed": seed, "content": _fingerprint(side)}
     if manifest.exists() and json.loads(manifest.read_text()) == request:
         print(f"{folder} is complete: {train:,} training and {val:,} validation pictures of {side} px")
         return
+    old = [path for split in ("train", "val") for path in (folder / split).glob("[0-9]" * 5 + "[._]*")]
+    if old and not manifest.exists():
+        raise UserError(
+            f"{folder} holds shards but no shapes.json, so other data; give another folder or empty this one"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps({"complete": False}))  # first: an interrupted rewrite must not pass for complete
+    for path in old:  # a smaller request would leave the last ones
+        path.unlink()
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         with ShardWriter(folder / split, shard_size=2048) as writer:
             for i in track(range(count), f"{folder / split}"):
-                rng = np.random.default_rng([seed, number, i])
-                scene = training_scene(rng) if split == "train" else validation_scene(i, rng)
+                scene, text = _sample(seed, number, i)
                 file = io.BytesIO()
                 Image.fromarray(render(scene, side)).save(file, "JPEG", quality=95, subsampling=0)
-                writer.write(file.getvalue(), "jpg", caption(scene, rng), {"scene": json.dumps(asdict(scene))})
+                writer.write(file.getvalue(), "jpg", text, {"scene": json.dumps(asdict(scene))})
     manifest.write_text(json.dumps(request))
 
 
@@ -286,7 +335,10 @@ def main() -> None:
     parser.add_argument("folder")
     for name, default in (("train", 24_576), ("val", 1_536), ("side", 32), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    write(**vars(parser.parse_args()))
+    try:
+        write(**vars(parser.parse_args()))
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

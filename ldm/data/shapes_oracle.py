@@ -8,6 +8,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ldm.data.shapes import BACKGROUNDS, CENTERS, COLORS, POSITIONS, SHAPES, SIZE_LIMIT, coverage, parse
+from ldm.errors import UserError
 
 _FOREGROUND = 36.0  # RGB distance from the background; the closest pair, purple on gray, is 103 apart
 _MIN_AREA = 0.009  # of the picture: specks are no shapes
@@ -36,9 +37,16 @@ class Seen:
 def attributes(image: np.ndarray | Tensor) -> tuple[str, list[Seen]]:
     """The background's name and the shapes, largest first, none to two of them.
 
-    image: (H, W, 3) uint8 array or (3, H, W) uint8 tensor, square. Never fails on a picture.
+    image: (H, W, 3) uint8 array or (3, H, W) uint8 tensor, square. Never fails on one.
+
+    Raises:
+        UserError: the picture is not square.
     """
     pixels = (image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) else image).astype(np.float32)
+    if pixels.shape[0] != pixels.shape[1]:
+        raise UserError(
+            f"a picture of {pixels.shape[1]} x {pixels.shape[0]} px; shapes are read from squares: crop it first"
+        )
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     ground = np.median(border, axis=0)
     distance = np.linalg.norm(pixels - ground, axis=2)
@@ -75,7 +83,7 @@ def _read(pixels: np.ndarray, ground: np.ndarray, distance: np.ndarray, mask: np
 def _misfit(core: np.ndarray, ground: np.ndarray, name: str) -> float:
     """Squared distance of (N, 3) pixels from mixtures of a color and at most half of the background: blur dims thin lines."""
     axis = np.array(COLORS[name], np.float32) - ground
-    mixed = np.clip((core - ground) @ axis / float(axis @ axis), 0.5, 1)[:, None] * axis
+    mixed = np.clip((core - ground) @ axis / max(float(axis @ axis), 1.0), 0.5, 1)[:, None] * axis
     return float(np.square(core - ground - mixed).sum())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ldm.errors import UserError
 
@@ -34,14 +34,22 @@ class ShardWriter:
         self.tar: webdataset.TarWriter | None = None
 
     def write(self, image: bytes, extension: str, caption: str, metadata: Mapping[str, Any] | None = None) -> str:
-        """image: encoded; extension: "jpg" or "png"; metadata: plain data, into the json. Returns the sample's key."""
+        """image: encoded; extension: "jpg" or "png"; metadata: plain data, into the json. Returns the sample's key.
+
+        Raises:
+            UserError: another extension, or bytes that are no picture.
+        """
+        if extension not in ("jpg", "png"):
+            raise UserError(f"extension is {extension!r}; shards hold pictures as 'jpg' or 'png'")
+        try:
+            width, height = Image.open(io.BytesIO(image)).size
+        except UnidentifiedImageError:
+            raise UserError(f"{len(image)} bytes that are no picture; give an encoded {extension}") from None
         if self.tar is None:
-            self.file = self._path(".tar.partial").open(
-                "wb"
-            )  # a file: given a name, webdataset would also take a command
+            # an open file: given a name, webdataset would also take a command
+            self.file = self._path(".tar.partial").open("wb")
             self.tar = webdataset.TarWriter(self.file, encoder=False, mtime=0)
         key = f"{self.shard:05d}{len(self.rows):04d}"
-        width, height = Image.open(io.BytesIO(image)).size
         row = {
             "caption": caption,
             "key": key,
@@ -85,4 +93,5 @@ class ShardWriter:
         if kind is None:
             self._finish()
         elif self.tar is not None:
-            self._close()  # the partial shard stays invisible
+            self._close()
+            self._path(".tar.partial").unlink()  # a shard is complete or not there
