@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"{cfg.checkpoint} is an autoencoder's run: its scores are in {cfg.checkpoint}/metrics.jsonl")
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     cfg.data.val_samples = cfg.n
-    reference = Reference.read(config.build(cfg.data).val.batches(cfg.batch_size))
+    reference = Reference.read(config.build(cfg.data).val.batches(cfg.batch_size), cfg.n)
 
     rounds = [Round("reconstruction", partial(module.reconstruct, reference.images), {"reconstruction": True})]
     for scale in cfg.sweep.guidance or [cfg.sampling.guidance.scale]:

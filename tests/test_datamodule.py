@@ -50,7 +50,6 @@ def consume(data: ShardDataModule, n: int) -> list[int]:
             {"batch_size": 8, "accumulate": 3},
             r"batch_size=8 cannot be split over 1 ranks x 3 accumulation steps.* of 3",
         ),
-        ({"val_samples": 22}, r"22 samples asked, but the 2 shards hold 21"),
         ({"shards": "/nowhere/{0..4}.tar"}, r"/nowhere/0.tar' is not a file \(5 of 5 are missing\); .*: make tiny"),
         ({"shards": "pipe:curl x"}, r"not a local path"),
     ],

@@ -83,8 +83,11 @@ def test_equal_protocols_have_equal_ids_and_anything_else_another(tmp_path: Path
 
 
 def test_a_reference_is_read_from_batches():
-    reference = Reference.read(iter([batch(3), batch(2, start=3)]))
+    reference = Reference.read(iter([batch(3), batch(2, start=3)]), 5)
     assert torch.equal(reference.images, batch(5)["image"])
     assert len(reference.captions) == 5
-    with pytest.raises(UserError, match=r"no usable sample; check data.val_shards"):
-        Reference.read([])
+    assert len(Reference.read([batch(3)], None).captions) == 3
+    with pytest.raises(UserError, match=r"n=4, but the validation shards hold 3 usable samples; ask for fewer"):
+        Reference.read([batch(3)], 4)
+    with pytest.raises(UserError, match=r"hold 0 usable samples"):
+        Reference.read([], None)

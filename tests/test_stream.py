@@ -232,8 +232,7 @@ def test_ordered_samples(tiny_val: str, flawed: str, workers: int) -> None:
 
 
 def test_ordered_samples_asked_for_more_than_there_are(tiny_val: str) -> None:
-    with pytest.raises(UserError, match=r"22 samples asked, but the 2 shards hold 21"):
-        OrderedSamples(expand(tiny_val), DECODE, 22)
+    assert len(OrderedSamples(expand(tiny_val), DECODE, 22)) == 21
 
 
 def test_real_shards() -> None:

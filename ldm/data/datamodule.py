@@ -33,7 +33,7 @@ class ShardDataModule(pl.LightningDataModule):
             resume of a loader without a length.
         seed: of the order and of the flips.
         val_batch_size: of one rank.
-        val_samples: how many samples of val_shards to read; None: all.
+        val_samples: at most so many samples of val_shards are read; None: all.
         accumulate: micro-batches of one optimizer step.
         num_workers: reading processes of one rank; they change nothing but the speed.
         shuffle: samples permuted together within a shard; 1: none.

@@ -143,12 +143,9 @@ class SampleStream(IterableDataset[Batch]):
 
 
 class OrderedSamples(Dataset[Batch]):
-    """The first `limit` samples of some shards, in order, once: for validation and reference sets.
+    """The first `limit` samples of some shards (all, if there are fewer), in order, once: for validation and reference.
 
     A sample's index is its place in the shards. An unusable sample keeps its place and is left out of its batch.
-
-    Raises:
-        UserError: the shards hold fewer than `limit` samples.
     """
 
     def __init__(self, paths: Sequence[str], decode: DecodeImage, limit: int | None = None) -> None:
@@ -159,10 +156,6 @@ class OrderedSamples(Dataset[Batch]):
                 self.places += [(path, entry) for entry in block]
             if limit is not None and len(self.places) >= limit:
                 break
-        if limit is not None and len(self.places) < limit:
-            raise UserError(
-                f"{limit} samples asked, but the {len(paths)} shards hold {len(self.places)}; ask for fewer"
-            )
         self.places = self.places[:limit]
 
     def __len__(self) -> int:

@@ -29,12 +29,13 @@ class Reference:
     captions: list[str]
 
     @classmethod
-    def read(cls, batches: Iterable[Batch]) -> "Reference":
-        """Raises UserError when there is nothing to read."""
+    def read(cls, batches: Iterable[Batch], n: int | None) -> "Reference":
+        """Raises UserError when there is nothing to read, or less than the n that were asked for."""
         batches = list(batches)
-        if not batches:
-            raise UserError("evaluation: the validation shards hold no usable sample; check data.val_shards")
-        return cls(torch.cat([b["image"] for b in batches]), [c for b in batches for c in b["caption"]])
+        captions = [caption for batch in batches for caption in batch["caption"]]
+        if len(captions) < (n or 1):
+            raise UserError(f"n={n}, but the validation shards hold {len(captions)} usable samples; ask for fewer")
+        return cls(torch.cat([batch["image"] for batch in batches]), captions)
 
     def protocol(self) -> dict[str, Any]:
         return {

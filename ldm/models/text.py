@@ -42,7 +42,9 @@ class TransformerText(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, width // heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.pool_norm = nn.LayerNorm(width)
-        if embed_width is None:  # else unit normal: a state begins as its token, not as what the first layers make of it
+        if (
+            embed_width is None
+        ):  # else unit normal: a state begins as its token, not as what the first layers make of it
             nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.position, std=0.02)
 

@@ -67,10 +67,12 @@ def wandb_logger(run_dir: str, project: str, name: str, **options: Any) -> Wandb
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
     offline = os.environ.get("WANDB_MODE") == "offline" or not (_has_key() and _reachable())
-    return WandbLogger(
+    logger = WandbLogger(
         project=project, name=name, id=id_file.read_text().strip(), resume="allow", offline=offline, save_dir=folder,
         **options,
     )  # fmt: skip
+    logger._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns of it
+    return logger
 
 
 def _reachable() -> bool:
