@@ -115,11 +115,12 @@ def test_a_checkpoint_holds_plain_data_and_no_first_stage(runs: Runs):
 
 
 def test_the_same_command_gives_the_same_bits_in_another_directory_and_process(runs: Runs):
-    result = process("train.py", *runs.demo("again"))
-    assert result.returncode == 0, result.stderr
-    assert lines(runs.folder / "again") == lines(runs.folder / "straight")
-    assert_same_checkpoint(runs.folder / "again", runs.folder / "straight")
-    for picture in (runs.folder / "straight" / "samples").iterdir():
+    """With the machine's own number of threads: it decides in which order a sum is taken, so it is the same for both."""
+    result, other = (process("train.py", *runs.demo(name)) for name in ("once", "again"))
+    assert (result.returncode, other.returncode) == (0, 0), result.stderr + other.stderr
+    assert lines(runs.folder / "again") == lines(runs.folder / "once")
+    assert_same_checkpoint(runs.folder / "again", runs.folder / "once")
+    for picture in (runs.folder / "once" / "samples").iterdir():
         assert (runs.folder / "again" / "samples" / picture.name).read_bytes() == picture.read_bytes()
     assert "starts at step 0" in result.stdout
     assert "validation at step 6: loss " in result.stdout
