@@ -25,8 +25,9 @@ def main(cfg: DictConfig) -> None:
     rounds = [Round("reconstruction", partial(module.reconstruct, reference.images), {"reconstruction": True})]
     for scale in cfg.sweep.guidance or [cfg.sampling.guidance.scale]:
         cfg.sampling.guidance.scale = scale
-        sample = partial(module.sample, config.build(cfg.sampling), side=cfg.data.side, seed=cfg.seed)
-        protocol = {"sampling": config.plain(cfg.sampling), "seed": cfg.seed, "weights": "ema"}
+        made = {"side": cfg.data.side, "seed": cfg.seed, "negative": cfg.negative}
+        sample = partial(module.sample, config.build(cfg.sampling), **made)
+        protocol = {"sampling": config.plain(cfg.sampling), **made, "weights": "ema"}
         rounds.append(Round(f"guidance {scale:g}", sample, protocol))
     folder = Path(cfg.checkpoint) / "evaluation"
     evaluate(rounds, reference, lambda: config.build_each(cfg.metrics), folder, step, cfg.batch_size, cfg.pictures)

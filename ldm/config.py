@@ -22,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
+    from ldm.diffusion.denoiser import Denoiser
     from ldm.models.first_stage import FirstStage
     from ldm.training.base import TrainingModule
 
@@ -225,6 +226,17 @@ def load_run(run: str | Path) -> tuple["TrainingModule", int]:
     return module.eval(), checkpoint["global_step"]
 
 
+def denoiser(run: str) -> "Denoiser":
+    """A run's denoiser under its averaged weights, frozen: autoguidance's weaker one.
+
+    Raises UserError when the run trained its text encoder: another run's conditioning would mean nothing to it.
+    """
+    module, _ = load_run(run)
+    if any(p.requires_grad for p in module.conditioner.parameters()):
+        raise UserError(f"{run} trained its own text encoder; autoguidance needs a run whose text encoder is frozen")
+    return module.denoiser.requires_grad_(False)
+
+
 def first_stage(run: str, command: str) -> "FirstStage":
     """The frozen first stage out of an autoencoder's run: averaged weights and latent statistics.
 
@@ -251,13 +263,13 @@ def register_run(argv: list[str]) -> None:
     """Puts what evaluation takes over from the run named by checkpoint=... into Hydra's store, as the config `run`.
 
     So `sampling.guidance.scale=4` overrides the run's own value, with Hydra's checks. A group chosen on the command line
-    (metrics=..., sampling/solver=..., sampling/schedule=..., sampling/guidance=...) replaces the run's choice whole.
+    (metrics=..., sampling/solver=..., sampling/guidance=[cfg,rescale] ...) replaces the run's choice whole.
     """
     overrides = dict(argument.partition("=")[::2] for argument in argv)
     node = OmegaConf.create({"name": "run", "model": {}, "data": {}, "sampling": {}, "metrics": {}})
     if overrides.get("checkpoint"):
         node = OmegaConf.masked_copy(run_config(overrides["checkpoint"]), list(node))
-    for group in ("metrics", "sampling/solver", "sampling/schedule", "sampling/guidance"):
+    for group in ("metrics", *(f"sampling/{part}" for part in ("solver", "schedule", "spacing", "guidance"))):
         if group in overrides:
             OmegaConf.update(node, group.replace("/", "."), {}, merge=False)
     ConfigStore.instance().store(name="run", node=node, package="_global_")

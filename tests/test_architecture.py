@@ -29,6 +29,7 @@ OUTSIDERS = {  # package -> where it may be imported, as prefixes of paths
     "pytorch_lightning": ("ldm/training/", "ldm/data/datamodule.py", "train.py"),
     "torchmetrics": ("ldm/evaluation/", "ldm/training/"),
     "diffusers": (),
+    "k_diffusion": (),
 }
 PRINTERS = ("ldm/config.py", "ldm/training/session.py", "ldm/evaluation/scoring.py", "ldm/data/shapes.py")
 

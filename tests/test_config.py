@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
-from tiny import here, process
+from tiny import here, latent_diffusion, process
 
 from ldm import config
 from ldm.errors import UserError
@@ -223,3 +223,34 @@ def test_a_group_replaces_the_run_s_choice_whole(demo: DictConfig, schedule: str
     assert cfg.sampling.solver._target_ == "ldm.diffusion.solvers.euler"
     assert cfg.sampling.steps == demo.sampling.steps
     config.build(cfg.sampling)  # nothing of the run's own schedule is left in it
+
+
+def test_guidance_rules_compose_in_the_order_that_is_given(demo: DictConfig):
+    cfg = evaluated(demo, "sampling/guidance=[cfg,interval,rescale]", "sampling.guidance.scale=7",
+                    "sampling.guidance.interval.sigma_max=3")  # fmt: skip
+    guidance = config.build(cfg.sampling).guidance
+    assert guidance.scale == 7
+    assert [type(rule).__name__ for rule in guidance.rules.values()] == ["Interval", "Rescale"]
+    assert guidance.rules["interval"].sigma_max == 3
+    other = composed("train", "experiment=demo", "sampling/guidance=[cfg,rescale,interval]")
+    assert [*config.build(other.sampling).guidance.rules] == ["rescale", "interval"]
+
+
+def test_options_of_every_loss():
+    cfg = composed("train", "experiment=demo", "model/loss=edm2", "model/loss/draw=stratified", "model.loss.offset_noise=0.1",
+                   "model.loss.schedule.mean=-1", "data.batch_size=16")  # fmt: skip
+    config.check(cfg)
+    loss = config.build(cfg.model.loss)
+    assert sum(p.numel() for p in loss.parameters()) == 128
+    assert (loss.inner.offset_noise, loss.inner.draw.batch_size) == (0.1, 16)
+
+
+def test_the_weaker_denoiser_of_autoguidance_needs_a_frozen_text_encoder(monkeypatch: pytest.MonkeyPatch):
+    module = latent_diffusion()
+    monkeypatch.setattr(config, "load_run", lambda run: (module, 7))
+    with pytest.raises(UserError, match="runs/weak trained its own text encoder"):
+        config.denoiser("runs/weak")
+    module.conditioner.requires_grad_(False)
+    weak = config.denoiser("runs/weak")
+    assert weak is module.denoiser
+    assert not any(p.requires_grad for p in weak.parameters())

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -6,11 +7,13 @@ from tiny import SIDE, WordEncoder, batch, captions, first_stage, latent_diffusi
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
-from ldm.diffusion.guidance import ClassifierFree
-from ldm.diffusion.loss import LEVELS
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.loss import LEVELS, Uncertainty
+from ldm.diffusion.parameterization import V
 from ldm.diffusion.sampling import Sampling
 from ldm.diffusion.schedules import Karras, LogNormal
 from ldm.diffusion.solvers import dpmpp_2m
+from ldm.diffusion.weighting import Classical
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
 from ldm.training.ema import EMA
@@ -122,7 +125,7 @@ def test_reconstruct_goes_through_the_first_stage_and_back():
     torch.testing.assert_close(images, first_stage().decode(z))
 
 
-SAMPLING = Sampling(dpmpp_2m, Karras(), ClassifierFree(3.0), steps=4)
+SAMPLING = Sampling(dpmpp_2m, Karras(), Guidance(3.0), steps=4)
 
 
 def sample(module, keep: list[int], seed: int = 0) -> Tensor:
@@ -139,6 +142,25 @@ def test_a_picture_is_a_function_of_caption_index_and_seed():
     assert (sample(module, [0], seed=1) - together[:1]).abs().max() > 0.01
     repeated = module.sample(SAMPLING, [captions(6)[0]] * 2, torch.tensor([0, 1]), side=SIDE, seed=0)
     assert (repeated[0] - repeated[1]).abs().max() > 0.01
+
+
+def test_guidance_leads_away_from_a_negative_prompt():
+    module, (caption, other) = latent_diffusion().eval(), captions(2)
+    draw = lambda negative: module.sample(SAMPLING, [caption], torch.tensor([0]), SIDE, 0, negative)  # noqa: E731
+    plain = module.sample(SAMPLING, [caption], torch.tensor([0]), SIDE, 0)
+    assert torch.equal(draw(""), plain)
+    assert (draw(other) - plain).abs().max() > 1e-3
+    torch.testing.assert_close(  # away from itself is nowhere
+        draw(caption), module.sample(replace(SAMPLING, guidance=Guidance()), [caption], torch.tensor([0]), SIDE, 0),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+def test_a_learned_uncertainty_is_trained_and_saved():
+    module = latent_diffusion(loss=Uncertainty(schedule=LogNormal(), weighting=Classical(V())))
+    names = {id(p) for p in module.configure_optimizers()["optimizer"].param_groups[0]["params"]}
+    assert id(module.loss.linear.weight) in names
+    assert "loss.linear.weight" in module.state_dict()
 
 
 def test_a_frozen_text_encoder_is_neither_trained_nor_saved():

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.diffusion.parameterization import Parameterization
 
-DenoiseFn = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), sigma (B,)) -> x0_hat: the only thing a solver sees
+# (x (B, C, H, W), sigma ()) -> x0_hat, the only thing a solver sees. sigma stays on the host: reading it costs nothing.
+DenoiseFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class Denoiser(nn.Module):
@@ -24,11 +26,12 @@ class Denoiser(nn.Module):
         self.parameterization = parameterization
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """x: (B, C, H, W) = x0 + σ·noise; sigma: (B,) or a scalar. Returns x0_hat, (B, C, H, W) float32."""
+        """x: (B, C, H, W) = x0 + σ·noise; sigma: (B,) or (), on any device. Returns x0_hat, (B, C, H, W) float32."""
         # The coat stays float32 around a bfloat16 F: autocast leaves products alone and c_out·F promotes. Predicting
         # noise, c_skip·x and c_out·F nearly cancel at large σ: in bfloat16 x0 would be lost.
         x = x.float()
-        coefficients = self.parameterization.coefficients(sigma.float().expand(x.shape[0]))
+        sigma = sigma.to(x.device, torch.float32, non_blocking=True).expand(len(x))
+        coefficients = self.parameterization.coefficients(sigma)
         c_skip, c_out, c_in = (c.view(-1, 1, 1, 1) for c in coefficients[:3])
         prediction = self.backbone(cond.concat_to(c_in * x), coefficients.c_noise, cond)
         return c_skip * x + c_out * prediction

@@ -23,6 +23,11 @@ def snr(sigma: Tensor) -> Tensor:
     return sigma**-2
 
 
+def debiased(sigma: Tensor) -> Tensor:
+    """1/σ: the mean squared error on the noise over √SNR (Yu et al. 2023, "Debias the training of diffusion models")."""
+    return 1 / sigma
+
+
 @dataclass(frozen=True)
 class Classical:
     """1/c_out²: the mean squared error on what the network predicts; `Classical(EDM())` is EDM's λ(σ) (table 1)."""
@@ -48,3 +53,38 @@ class MinSNR:
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return snr(sigma).clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class SoftMinSNR:
+    """1/(σ² + 1/γ): min-SNR with a smooth knee (Crowson et al. 2024, "Hourglass diffusion transformers", section 4.5).
+
+    Raises UserError unless gamma > 0.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < math.inf:
+            raise UserError(f"SoftMinSNR: gamma is {self.gamma}; give a number > 0")
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return 1 / (sigma**2 + 1 / self.gamma)
+
+
+@dataclass(frozen=True)
+class P2:
+    """SNR/(k + SNR)^γ: less weight where noise is small (Choi et al. 2022, "Perception prioritized training", equation 9).
+
+    Raises UserError unless gamma >= 0 and k > 0.
+    """
+
+    gamma: float = 1.0
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.gamma < math.inf and 0 < self.k < math.inf):
+            raise UserError(f"{self}: give gamma >= 0 and k > 0")
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return snr(sigma) / (self.k + snr(sigma)) ** self.gamma

@@ -10,6 +10,7 @@ from ldm.conditioning import Conditioning
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import LEVELS, DenoisingLoss
 from ldm.diffusion.parameterization import Parameterization
+from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
 from ldm.training.base import OptimizerFactory, TrainingModule
@@ -79,13 +80,16 @@ class LatentDiffusionModule(TrainingModule):
 
     @torch.no_grad()
     def sample(
-        self, sampling: Callable[..., Tensor], captions: list[str], index: Tensor, side: int, seed: int
+        self, sampling: Sampling, captions: list[str], index: Tensor, side: int, seed: int, negative: str = ""
     ) -> Tensor:
         """Pictures for captions: (B, 3, side, side) in about [-1, 1].
 
         index: (B,) int64; the starting noise of a picture is a function of (seed, its index) alone.
+        negative: a prompt that guidance leads away from, in place of the null conditioning.
         """
-        cond = self.conditioner({"caption": captions})
-        noise = KeyedRandom(seed, index.to(self.device)).normal("sampling", self.first_stage.latent_shape(side))
-        z = sampling(self.denoiser, cond, self.conditioner.null(len(captions)), noise)
+        cond, null = self.conditioner({"caption": captions}), self.conditioner.null(len(captions))
+        if negative:
+            null = self.conditioner({"caption": [negative] * len(captions)})
+        random = KeyedRandom(seed, index.to(self.device))
+        z = sampling(self.denoiser, cond, null, random, self.first_stage.latent_shape(side))
         return self.first_stage.decode(z)
