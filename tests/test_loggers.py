@@ -20,6 +20,11 @@ def test_a_line_is_step_samples_and_sorted_metrics(tmp_path: Path):
     assert json.loads(lines(tmp_path)[1]) == {"step": 1, "samples_seen": 32, "train/a": 2}
 
 
+def test_what_is_not_finite_is_null(tmp_path: Path):
+    JsonlLogger(tmp_path, 1).log_metrics({"a": float("nan"), "b": float("-inf"), "c": 1.0}, 0)
+    assert lines(tmp_path) == ['{"step": 1, "samples_seen": 1, "a": null, "b": null, "c": 1.0}']
+
+
 def test_resume_drops_what_will_be_logged_again(tmp_path: Path):
     log = JsonlLogger(tmp_path, batch_size=1)
     for step in range(5):

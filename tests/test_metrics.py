@@ -105,7 +105,9 @@ def test_caption_accuracy_of_others_pictures_is_near_chance():
 
 
 def test_each_attribute_is_judged_on_its_own():
-    scene = shapes.Scene("black", (shapes.Shape("circle", "red", "large", 0.5, 0.5, shapes.LARGE),), "center", None)
+    scene = shapes.Scene(
+        "black", (shapes.Shape("circle", "red", "large", 0.5, 0.5, shapes.RADII[1]["large"]),), "center", None
+    )
     image = torch.from_numpy(shapes.render(scene, 32)).permute(2, 0, 1)
     captions = [
         "a large red circle at the center on black",

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.diffusion.noise import BrownianPath
 from ldm.diffusion.schedules import Karras, ScaledLinear, grid
@@ -312,3 +313,28 @@ def test_restart_goes_through_its_interval_again():
 def test_bad_settings(run: Solver, message: str):
     with pytest.raises(UserError, match=message):
         run(gaussian, torch.zeros(1, 1, 2, 2), torch.tensor([2.0, 1.0, 0.0]))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a number is read out of a tensor, which on a GPU waits for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_no_step_waits_for_the_device(solver: Solver):
+    random, shape = KeyedRandom(0, torch.arange(2)), (1, 4, 4)
+    x, path, modes = 80.0 * random.normal("start", shape), BrownianPath(random, shape), []
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        if not modes:  # from the first evaluation on; the inputs were checked before it
+            modes.append(NoWaiting())
+            modes[0].__enter__()
+        return gaussian(x, sigma)
+
+    try:
+        solver(denoise, x, grid(Karras(), 9), path)
+    finally:
+        modes[0].__exit__(None, None, None)

@@ -21,23 +21,22 @@ from ldm.data.writer import ShardWriter
 from ldm.errors import UserError
 
 COLORS = {
-    "red": (220, 35, 35),
-    "orange": (245, 140, 20),
-    "yellow": (250, 225, 40),
-    "green": (30, 150, 55),
-    "cyan": (50, 205, 220),
-    "blue": (35, 65, 215),
-    "purple": (135, 40, 180),
-    "pink": (250, 130, 190),
+    "red": (215, 25, 25),
+    "orange": (255, 130, 0),
+    "yellow": (255, 235, 30),
+    "green": (20, 185, 50),
+    "cyan": (0, 220, 230),
+    "blue": (20, 40, 220),
+    "purple": (145, 10, 180),
+    "pink": (255, 140, 200),
 }
 BACKGROUNDS = {"black": (10, 10, 10), "white": (248, 248, 248), "gray": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = ("small", "large")
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-SMALL, LARGE, LARGE_OF_TWO = 0.165, 0.26, 0.21  # radii over the picture's side
-SIZE_LIMIT = 0.19  # below it a radius is small
-CENTERS = (0.31, 0.5, 0.69)  # of the 3 x 3 positions; of two shapes: 0.24 and 0.76
+RADII = {1: {"small": 0.19, "large": 0.275}, 2: {"small": 0.165, "large": 0.215}}  # by shapes; over the picture's side
+CENTERS = (0.32, 0.5, 0.68)  # of the 3 x 3 positions; of two shapes: 0.24 and 0.76
 
 # shown to no training picture: whether a model composes what it has seen apart
 UNSEEN_PAIRS = frozenset(
@@ -50,7 +49,7 @@ UNSEEN_PAIRS = frozenset(
         ("cross", "orange"),
     }
 )
-TWO_SHAPES = 0.2  # their share in training
+TWO_SHAPES = 0.1  # their share in training
 STATED = 0.9  # how often a caption says what it may leave out
 
 
@@ -88,7 +87,7 @@ def coverage(shape: str, x: float, y: float, radius: float, side: int, samples: 
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    outer, inner, tenth = 1.1, 0.48, np.pi / 5
+    outer, inner, tenth = 1.18, 0.53, np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + tenth) % (2 * tenth) - tenth)  # folded onto half a point
     rho = np.hypot(u, v)
     ex, ey = inner * np.cos(tenth) - outer, inner * np.sin(tenth)
@@ -100,7 +99,7 @@ _INSIDE = {
     "square": lambda u, v: (np.abs(u) <= 0.88) & (np.abs(v) <= 0.88),
     "triangle": lambda u, v: (v <= 0.8) & (np.abs(u) * 1.85 <= (v + 1.05) * 1.04),
     "star": _star,
-    "ring": lambda u, v: (u * u + v * v <= 1.1) & (u * u + v * v >= 0.36),
+    "ring": lambda u, v: (u * u + v * v <= 1.16) & (u * u + v * v >= 0.46),
     "cross": lambda u, v: ((np.abs(u) <= 0.34) & (np.abs(v) <= 1)) | ((np.abs(v) <= 0.34) & (np.abs(u) <= 1)),
 }
 
@@ -155,8 +154,8 @@ def _singles(rng: np.random.Generator, unseen: bool) -> Iterator[Scene]:
     while True:
         (shape, color), size, position = _pair(rng, unseen), _pick(rng, SIZES), _pick(rng, POSITIONS)
         row, column = divmod(POSITIONS.index(position), 3)
-        x, y = (CENTERS[i] + rng.uniform(-0.015, 0.015) for i in (column, row))
-        radius = (SMALL if size == "small" else LARGE) + rng.uniform(-0.008, 0.008)
+        x, y = (CENTERS[i] + rng.uniform(-0.006, 0.006) for i in (column, row))
+        radius = RADII[1][size] + rng.uniform(-0.005, 0.005)
         yield Scene(_pick(rng, BACKGROUNDS), (Shape(shape, color, size, x, y, radius),), position, None)
 
 
@@ -169,10 +168,10 @@ def _two(rng: np.random.Generator) -> Scene:
     for (shape, color), along in zip((first, second), (0.24, 0.76), strict=True):
         if relation in ("right of", "below"):
             along = 1 - along
-        along, across = along + rng.uniform(-0.01, 0.01), 0.5 + rng.uniform(-0.06, 0.06)
+        along, across = along + rng.uniform(-0.006, 0.006), 0.5 + rng.uniform(-0.03, 0.03)
         x, y = (along, across) if relation in ("left of", "right of") else (across, along)
         size = _pick(rng, SIZES)
-        radius = (SMALL if size == "small" else LARGE_OF_TWO) + rng.uniform(-0.005, 0.005)
+        radius = RADII[2][size] + rng.uniform(-0.005, 0.005)
         shapes.append(Shape(shape, color, size, x, y, radius))
     return Scene(_pick(rng, BACKGROUNDS), tuple(shapes), None, relation)
 

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import ndimage
 from torch import Tensor
 
-from ldm.data.shapes import BACKGROUNDS, CENTERS, COLORS, POSITIONS, SHAPES, SIZE_LIMIT, coverage, parse
+from ldm.data.shapes import BACKGROUNDS, CENTERS, COLORS, POSITIONS, RADII, SHAPES, coverage, parse
 from ldm.errors import UserError
 
 _FOREGROUND = 36.0  # RGB distance from the background; the closest pair, purple on gray, is 103 apart
@@ -16,17 +16,14 @@ _MIN_AREA = 0.009  # of the picture: specks are no shapes
 
 @dataclass(frozen=True)
 class Seen:
-    """One shape as it was read. x, y, radius: over the picture's side."""
+    """One shape as it was read. x, y, radius: over the picture's side; size: as of one of so many shapes."""
 
     shape: str
     color: str
+    size: str
     x: float
     y: float
     radius: float
-
-    @property
-    def size(self) -> str:
-        return "small" if self.radius < SIZE_LIMIT else "large"
 
     @property
     def position(self) -> str:
@@ -53,21 +50,25 @@ def attributes(image: np.ndarray | Tensor) -> tuple[str, list[Seen]]:
     labels, count = ndimage.label(distance > _FOREGROUND, structure=np.ones((3, 3)))
     areas = ndimage.sum_labels(np.ones_like(labels), labels, range(1, count + 1))
     order = [i for i in np.argsort(areas)[::-1][:2] if areas[i] >= _MIN_AREA * labels.size]
-    return _nearest(ground, BACKGROUNDS), [_read(pixels, ground, distance, labels == i + 1) for i in order]
+    return _nearest(ground, BACKGROUNDS), [
+        _read(pixels, ground, distance, labels == i + 1, RADII[len(order)]) for i in order
+    ]
 
 
 def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: float(np.square(color - palette[name]).sum()))
 
 
-def _read(pixels: np.ndarray, ground: np.ndarray, distance: np.ndarray, mask: np.ndarray) -> Seen:
+def _read(
+    pixels: np.ndarray, ground: np.ndarray, distance: np.ndarray, mask: np.ndarray, radii: dict[str, float]
+) -> Seen:
     """Analysis by synthesis: every shape is drawn with the region's area and centroid; the closest drawing wins."""
     core = pixels[mask & (distance >= np.median(distance[mask]))]
     color = min(COLORS, key=lambda name: _misfit(core, ground, name))
     axis = np.array(COLORS[color], np.float32) - ground
     alpha = np.clip((pixels - ground) @ axis / max(float(axis @ axis), 1.0), 0, 1)
     alpha *= ndimage.binary_dilation(mask, iterations=2)
-    side, area = len(alpha), float(alpha.sum())
+    side, area = len(alpha), max(float(alpha.sum()), 1e-6)  # 0: nothing but a color that no shape has
     y, x = ((np.arange(side) + 0.5) @ alpha.sum(axis=i) / area / side for i in (1, 0))
     best = None
     for shape in SHAPES:
@@ -76,7 +77,8 @@ def _read(pixels: np.ndarray, ground: np.ndarray, distance: np.ndarray, mask: np
         center = y - offset * radius
         error = float(np.square(coverage(shape, x, center, radius, side, samples=3) - alpha).sum())
         if best is None or error < best[0]:
-            best = (error, Seen(shape, color, float(x), float(center), radius))
+            size = min(radii, key=lambda name: abs(radii[name] - radius))
+            best = (error, Seen(shape, color, size, float(x), float(center), radius))
     return best[1]
 
 

@@ -109,7 +109,7 @@ def table(scores: dict[str, dict[str, float]], title: str) -> Table:
     out = Table(title=title, box=SIMPLE_HEAD)
     out.add_column("metric", no_wrap=True)
     for label in scores:
-        out.add_column(label, justify="right")
+        out.add_column(label.replace(" ", "\n"), justify="right")
     for name in next(iter(scores.values())):
         out.add_row(name, *(f"{values[name]:.3f}" for values in scores.values()))
     return out

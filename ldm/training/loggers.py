@@ -1,6 +1,7 @@
 """Two loggers: metrics.jsonl, which every run has, and Weights & Biases, offline when there is no key."""
 
 import json
+import math
 import netrc
 import os
 import secrets
@@ -15,7 +16,8 @@ from pytorch_lightning.utilities import rank_zero_only
 
 
 class JsonlLogger(Logger):
-    """run_dir/metrics.jsonl: one object per logged step: `step`, `samples_seen`, then the metrics by name.
+    """run_dir/metrics.jsonl: one object per logged step: `step`, `samples_seen`, then the metrics by name;
+    null stands for what is not finite.
 
     Args:
         run_dir: the run's directory.
@@ -37,7 +39,8 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         done = (step or 0) + 1  # Lightning logs under the index of the step just finished
-        values = {name: value for name, value in sorted(metrics.items()) if name != "epoch"}
+        # JSON has neither NaN nor infinity: null, or a strict reader refuses the whole file
+        values = {k: v if math.isfinite(v) else None for k, v in sorted(metrics.items()) if k != "epoch"}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": done, "samples_seen": done * self.batch_size, **values}) + "\n")
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import warnings
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def farewell(run_dir: Path, trainer: Trainer) -> None:
     validated = [row for row in _rows(run_dir / "metrics.jsonl") if any(key.startswith("val/") for key in row)]
     if validated:
         values = ("loss", "psnr", "kl", "distance")
-        shown = [f"{k} {validated[-1][f'val/{k}']:.4g}" for k in values if f"val/{k}" in validated[-1]]
+        last = {key: math.nan if value is None else value for key, value in validated[-1].items()}
+        shown = [f"{k} {last[f'val/{k}']:.4g}" for k in values if f"val/{k}" in last]
         console.print(f"  validation at step {validated[-1]['step']}: {', '.join(shown)}")
     pictures = sorted((run_dir / "samples").glob("*.png"))
     if pictures:
