@@ -52,8 +52,8 @@ def test_reconstruction_grid_shows_inputs_reconstructions_and_errors(tmp_path: P
     assert (tmp_path / "samples" / "step_00000030.png").is_file()
 
 
-def sampling(denoiser, cond, null, noise):
-    return noise + cond.tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+def sampling(denoiser, cond, null, random, shape):
+    return random.normal("sampling", shape) + cond.tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
 
 def test_sample_grid_draws_the_first_captions_from_the_same_noise_each_time(tmp_path: Path):
