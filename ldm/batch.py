@@ -10,11 +10,18 @@ class Batch(TypedDict, total=False):
     """One micro-batch as the data module yields it."""
 
     image: Tensor  # (B, 3, H, W) uint8
+    moments: Tensor  # (B, 2z, h, w) float16, in place of `image`: the posterior's mean and logvar out of a latent cache
     caption: list[str]
+    text_tokens: Tensor  # (B, L, D) float16: the caption encoded, out of a cache that holds text; 0 where masked
+    text_mask: Tensor  # (B, L) bool
+    text_vector: Tensor  # (B, V) float16
     key: list[str]  # the sample's name in its shard
     index: Tensor  # (B,) int64: position in the run's sample sequence, which keys every random draw
     cursor: Tensor  # (B, 3) int64: (stream, turn, position), where the reader stands after this sample (data/stream.py)
+    original_size: Tensor  # (B, 2) int64: height and width of the picture before any resizing
+    crop: Tensor  # (B, 2) int64: top and left of the crop in the resized picture
     dropped: dict[str, int]  # reason -> unusable samples skipped since the last batch
+    dropped_where: dict[str, str]  # reason -> shard and key of the last of them
 
 
 def to_unit(image: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # `_target_` can name any callable of any package (builtins.open, shutil.rmtree ...): only these are built
 ALLOWED_TARGETS = ("ldm.", "pytorch_lightning.", "torch.nn.", "torch.optim.", "torchmetrics.")
+# what one run may change between its sessions: where and how it runs, not what it learns from
+FREE = ("trainer.", "callbacks.", "logger.", "data.num_workers.", "data.cache.", "data.budget.", "data.log_keys.")
 
 
 def entry_point(
@@ -174,14 +176,14 @@ def build_each(nodes: DictConfig | None) -> list[Any]:
 def open_run(cfg: DictConfig) -> Path:
     """Makes the run directory with its resolved config.yaml; a directory made by another config is refused.
 
-    Values given by interpolation, the trainer, the callbacks and the logger may change between sessions of one run.
+    Values given by interpolation and what FREE names may change between sessions of one run.
     """
     run_dir = Path(cfg.run_dir)
     saved_path = run_dir / "config.yaml"
     if any((run_dir / "checkpoints").glob("step_*.ckpt")):  # without one there is nothing to continue
         saved = OmegaConf.load(saved_path)
         for key, value in leaves(cfg):
-            if key.split(".")[0] not in ("trainer", "callbacks", "logger"):
+            if not f"{key}.".startswith(FREE):
                 before = OmegaConf.select(saved, key)
                 if before != value:
                     raise UserError(

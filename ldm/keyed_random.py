@@ -16,6 +16,7 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_MASK = 2**64 - 1
 _BITS = 26  # uniform draws are (k + 1/2) / 2^26
 
 
@@ -34,6 +35,20 @@ def _mix(x: Tensor) -> Tensor:
 def _key(seed: int, purpose: str) -> int:
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def uniform(seed: int, index: int, purpose: str) -> float:
+    """KeyedRandom(seed, [index]).uniform(purpose) without a tensor: for readers, which draw for one sample at a time."""
+    base = _mix_integer(index * _GOLDEN + _key(seed, purpose))
+    bits = _mix_integer(base + _GOLDEN) >> (64 - _BITS)
+    return (bits + 0.5) / 2**_BITS
+
+
+def _mix_integer(x: int) -> int:
+    x &= _MASK
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    return x ^ (x >> 31)
 
 
 class KeyedRandom:

@@ -11,7 +11,7 @@ from tiny import ROOT
 
 LIBRARY = sorted((ROOT / "ldm").rglob("*.py"))
 FILES = [*LIBRARY, ROOT / "train.py", ROOT / "evaluate.py"]
-BASE = {"ldm.errors", "ldm.conditioning", "ldm.batch", "ldm.keyed_random"}
+BASE = {"ldm.errors", "ldm.conditioning", "ldm.batch", "ldm.keyed_random", "ldm.jsonl"}
 MAY_IMPORT = {  # room -> the rooms of ldm beside itself and BASE
     "diffusion": set(),
     "models": set(),

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ from pytorch_lightning.loggers import WandbLogger
 from tiny import batch, latent_diffusion
 
 from ldm.batch import Batch, to_uint8
+from ldm.data.accounts import Tally
 from ldm.training.callbacks import DataPosition, Pictures, ReconstructionGrid, SampleGrid
 
 
@@ -24,11 +26,22 @@ def validate(callback: Pictures, trainer: SimpleNamespace, module: object, batch
     callback.on_validation_epoch_end(trainer, module)
 
 
-def test_the_data_module_is_told_what_was_consumed():
-    told = []
-    part = batch(2)
-    DataPosition().on_train_batch_end(trainer(datamodule=SimpleNamespace(consumed=told.append)), None, None, part, 0)
-    assert told == [part]
+def test_the_data_module_is_told_what_was_consumed_and_reports_with_each_logged_step(tmp_path: Path):
+    told, logged = [], []
+    tally = Tally(0.01)
+    tally.add(5, {"image/truncated": 2}, {"image/truncated": "a.tar: 7"})
+    data = SimpleNamespace(consumed=told.append, tally=lambda: tally)
+    module = SimpleNamespace(log_dict=lambda values, **_: logged.append(values))
+    part, callback = batch(2), DataPosition(str(tmp_path))
+    for i in range(6):  # three steps of two micro-batches
+        stub = trainer(datamodule=data, global_step=(i + 1) // 2, log_every_n_steps=2, accumulate_grad_batches=2)
+        callback.on_train_batch_end(stub, module, None, part, i)
+    assert told == [part] * 6
+    assert logged == [{"data/dropped/image/truncated": 2.0}]
+    assert json.loads((tmp_path / "data_report.json").read_text()) == tally.report()
+    (tmp_path / "data_report.json").unlink()
+    callback.on_train_end(stub, module)
+    assert (tmp_path / "data_report.json").is_file()
 
 
 class Halves:

@@ -21,6 +21,9 @@ DATA = ["data.shards=s/{0..3}.tar", "data.val_shards=v.tar", "data.side=32", "da
 NAMED = ["name=x", "trainer.max_steps=3", *DATA]
 
 
+FILTER_NEEDS = {"caption_words": "words", "duplicates": "path"}
+
+
 def built(node: DictConfig, **objects: Any) -> Any:
     with torch.device("meta"):
         return config.build(node, **objects)
@@ -36,9 +39,13 @@ def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
         with pytest.raises(UserError, match=r"sampling.guidance.autoguidance.denoiser.run is required"):
             config.check(cfg)
         return
+    if option in FILTER_NEEDS:
+        with pytest.raises(UserError, match=rf"data.decode.filters.{option}.{FILTER_NEEDS[option]} is required"):
+            config.check(cfg)
+        return
     config.check(cfg)
     node = cfg
-    for part in path.parent.parts:
+    for part in path.parent.parts if group != "data/filter" else ("data", "decode"):
         node = node[part]
     if str(path) == "model/first_stage/run.yaml" or (group, option) == ("model", "latent_diffusion"):
         node = cfg.model.first_stage

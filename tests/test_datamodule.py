@@ -1,5 +1,6 @@
 """The data module: shapes, refusals, and the position in the data through Lightning's checkpoints."""
 
+import json
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,14 @@ from torch import Tensor, distributed, nn
 
 from ldm.batch import Batch
 from ldm.data.datamodule import ShardDataModule
+from ldm.data.decode import DecodeSample
 from ldm.errors import UserError
 
 
 def make(shards: str, val: str, **changes: Any) -> ShardDataModule:
     options = {"side": 16, "batch_size": 8, "steps": 7, "seed": 3, "val_batch_size": 4, "shuffle": 4, **changes}
-    return ShardDataModule(shards, val, **options)
+    decode = DecodeSample(16, random_flip=options.pop("random_flip", False), seed=3)
+    return ShardDataModule(shards, val, decode=decode, **{"run_dir": "unused", **options})
 
 
 def as_rank(data: ShardDataModule, rank: int, world: int) -> ShardDataModule:
@@ -51,7 +54,7 @@ def consume(data: ShardDataModule, n: int) -> list[int]:
             r"batch_size=8 cannot be split over 1 ranks x 3 accumulation steps.* of 3",
         ),
         ({"shards": "/nowhere/{0..4}.tar"}, r"/nowhere/0.tar' is not a file \(5 of 5 are missing\); .*: make tiny"),
-        ({"shards": "pipe:curl x"}, r"not a local path"),
+        ({"shards": "pipe:curl x"}, r"allow_pipe"),
     ],
 )
 def test_refusals(tiny_shards: str, tiny_val: str, changes: dict[str, Any], message: str) -> None:
@@ -67,14 +70,58 @@ def test_ranks_that_cannot_share(tiny_shards: str, tiny_val: str) -> None:
     as_rank(make("/nowhere.tar", tiny_val), 0, 3).setup("validate")  # which needs no training shards
 
 
+def test_workers_that_would_have_nothing_to_read(tiny_shards: str, tiny_val: str) -> None:
+    as_rank(make(tiny_shards, tiny_val, num_workers=4), 0, 2).setup("fit")
+    with pytest.raises(
+        UserError, match=r"8 shards .* make 8 streams, too few for 2 ranks x 5 workers; set data.num_workers=4 or less"
+    ):
+        as_rank(make(tiny_shards, tiny_val, num_workers=5), 0, 2).setup("fit")
+
+
+def test_sources_are_named_and_weighed(tiny_shards: str, tiny_val: str) -> None:
+    mixed = {"a": {"shards": tiny_shards, "weight": 3}, "b": {"shards": tiny_val, "weight": 1}}
+    data = make(mixed, tiny_val, steps=50)
+    keys = [key for batch in data.train_dataloader() for key in batch["key"]]
+    assert len(keys) == 400
+    with pytest.raises(UserError, match=r"several sources; give data.val_shards"):
+        make(mixed, None).setup("fit")
+    for wrong in ({"shards": tiny_shards}, {"shards": tiny_shards, "weight": 0}, {"shards": tiny_shards, "wait": 1}):
+        with pytest.raises(UserError, match=r"data.shards.a=.*give shards: and weight:"):
+            make({"a": wrong}, tiny_val).setup("fit")
+    with pytest.raises(UserError, match=r"data.weights=\[3.0, 1.0\], this run has \[3.0, 2.0\]"):
+        again = {**mixed, "b": {"shards": tiny_val, "weight": 2}}
+        make(again, tiny_val).load_state_dict(data.state_dict())
+
+
+def test_the_key_log_and_the_tally(tiny_shards: str, tiny_val: str, tmp_path: Path) -> None:
+    data = make(tiny_shards, tiny_val, accumulate=2, log_keys=True, run_dir=tmp_path, steps=3)
+    data.setup("fit")
+    keys = []
+    for batch in data.train_dataloader():
+        data.consumed(batch)
+        keys += batch["key"]
+    rows = [json.loads(line) for line in (tmp_path / "keys" / "rank0.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [key for row in rows for key in row["keys"]] == keys
+    assert data.tally().report() == {"delivered": 24, "dropped": {}, "last_dropped": {}}
+
+
+def test_too_many_bad_samples_stop_the_run(tiny_val: str, tmp_path: Path) -> None:
+    spec = write_shards(tmp_path, [20] * 4)
+    (tmp_path / "00002.tar").write_bytes(b"<html>")
+    data = make(spec, tiny_val, budget=0.001)
+    with pytest.raises(UserError, match=r"'shard/unreadable' \(20\), the last at .*00002.tar: -; look with"):
+        consume(data, 6)
+
+
 def test_without_validation_shards_the_last_shard_is_held_out(tiny_shards: str) -> None:
     data = make(tiny_shards, None)
     data.setup("fit")
-    assert data.val_paths == [data.paths[0].replace("00000", "00007")]
-    assert len(data.paths) == 7
-    assert data.val_paths[0] not in data.paths
+    assert data.val_paths == [data.sources[0].paths[0].replace("00000", "00007")]
+    assert len(data.sources[0].paths) == 7
+    assert data.val_paths[0] not in data.sources[0].paths
     with pytest.raises(UserError, match="is one shard; give one more to hold out"):
-        make(data.paths[0], None).setup("fit")
+        make(data.sources[0].paths[0], None).setup("fit")
 
 
 def test_micro_batches_cut_each_step_in_order(tiny_shards: str, tiny_val: str) -> None:
@@ -239,5 +286,5 @@ def test_ranks_put_their_positions_together(tiny_val: str, tmp_path: Path) -> No
         assert consume(alone, 2) == sorted(even + odd)
         assert state_0 == alone.state_dict()
         state = state_0
-    assert state["dropped"]["shard/truncated"] >= 1
-    assert alone.dropped == state["dropped"]
+    assert state["report"]["dropped"]["shard/truncated"] >= 1
+    assert alone.tally().report() == state["report"]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from ldm.data import shapes
+from ldm.data.decode import DecodeSample
 from ldm.data.shapes import Scene
+from ldm.data.sources import ShardCache
 from ldm.data.stream import OrderedSamples
-from ldm.data.transforms import DecodeImage
 from ldm.errors import UserError
 
 
@@ -93,7 +94,9 @@ def test_written_twice_the_same_and_skipped_when_complete(tmp_path: Path, capsys
     capsys.readouterr()
     shapes.write(tmp_path / "a", train=30, val=12, side=32)
     assert "is complete" in capsys.readouterr().out
-    (batch,) = OrderedSamples([str(tmp_path / "a/val/00000.tar")], DecodeImage(32)).batches(12)
+    (batch,) = OrderedSamples([str(tmp_path / "a/val/00000.tar")], DecodeSample(32), ShardCache("unused", 1)).batches(
+        12
+    )
     assert batch["image"].shape == (12, 3, 32, 32)
 
 

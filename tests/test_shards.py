@@ -1,4 +1,4 @@
-"""Shard names, and tars as they come: sound, damaged, hostile."""
+"""Tars as they come: sound, damaged, hostile."""
 
 import io
 import random
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import sample, write_tar
 
-from ldm.data.shards import BadSample, Entry, entries, expand, read
-from ldm.errors import UserError
+from ldm.data import shards
+from ldm.data.shards import BadSample, Entry, entries, read
 
 
 def walk(path: Path) -> list[str]:
@@ -28,44 +28,6 @@ def three(tmp_path: Path) -> Path:
 
 
 KEYS = ["000000000", "000000001", "000000002"]
-
-
-def test_expand_keeps_the_order_as_written(tiny_shards: str) -> None:
-    paths = expand(tiny_shards)
-    assert [Path(path).name for path in paths] == [f"{i:05d}.tar" for i in range(8)]
-    assert expand([paths[3], paths[1]]) == [paths[3], paths[1]]
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("pipe:cat /etc/passwd", "not a local path"),
-        ("file:///etc/passwd", "not a local path"),
-        ("s3://bucket/{0..3}.tar", "not a local path"),
-        ("", "names no shard"),
-        ([], "names no shard"),
-        ("data/{0..999999999}.tar", "more than 1000000"),
-        ("data/{0..9999}{0..9999}.tar", "more than 1000000"),
-        ("data/{00..5.tar", "unbalanced braces"),
-        ("/", "not a file"),
-    ],
-)
-def test_expand_refuses(spec: str | list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        expand(spec)
-
-
-def test_expand_stops_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldm.data.shards.MAX_SHARDS", 100)
-    with pytest.raises(UserError, match="more than 100 shards"):
-        expand("{a,b}" * 40)
-
-
-def test_expand_names_the_missing_the_doubled_and_the_way_out(three: Path) -> None:
-    with pytest.raises(UserError, match=r"b\.tar' is not a file \(2 of 3 are missing\); make them with: make data"):
-        expand(f"{three.parent}/{{a,b,c}}.tar", how_to_make="make data")
-    with pytest.raises(UserError, match=r"a\.tar' is listed twice"):
-        expand([str(three), str(three)])
 
 
 def test_samples_come_in_order_with_their_bytes(three: Path) -> None:
@@ -199,3 +161,34 @@ def test_a_shard_that_shrinks_while_read(three: Path) -> None:
 def test_a_sample_over_the_limit_is_not_read() -> None:
     with pytest.raises(BadSample, match="sample/too large"):
         read(io.BytesIO(), Entry("a", {"jpg": (0, 2**28)}))
+
+
+def test_the_short_way_through_a_header_finds_what_tarfile_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over damage of every kind that a checksum does not hide."""
+    rng, path = random.Random(0), tmp_path / "0.tar"
+    names = ["00012.jpg", "a/b.txt", "x" * 60 + "/" + "y" * 50 + ".json", "é.txt", "0 .jpg", "d/", "7.txt "]
+    plain, ways = shards._plain_file, []
+    for _ in range(300):
+        with tarfile.open(path, "w", format=rng.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])) as tar:
+            for name in rng.sample(names, rng.randint(1, 7)):
+                header = tarfile.TarInfo(name)
+                header.size = rng.choice([0, 1, 511, 512, 513])
+                header.type = rng.choice([tarfile.REGTYPE] * 9 + [tarfile.SYMTYPE, tarfile.AREGTYPE])
+                tar.addfile(header, io.BytesIO(b"7" * header.size) if header.isreg() else None)
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.randint(0, 2)):
+            at = 512 * rng.randrange(len(data) // 512) + rng.choice(
+                [rng.randrange(512), rng.randrange(124, 157), 0, 345]
+            )
+            data[at] = rng.choice([0, 32, 43, 45, 48, 55, 56, 95, 128, 255])
+        path.write_bytes(data[: rng.choice([len(data)] * 9 + [rng.randrange(len(data))])])
+        ways = []
+        for way in (plain, lambda block: None):
+            monkeypatch.setattr(shards, "_plain_file", way)
+            with path.open("rb") as file:
+                ways.append([item if isinstance(item, Entry) else item.reason for item in entries(file)])
+        assert ways[0] == ways[1]
+    monkeypatch.setattr(shards, "_plain_file", plain)
+    assert plain(data[:512]) is None or plain(data[:512])[1] <= 513

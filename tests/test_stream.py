@@ -13,14 +13,15 @@ from conftest import picture, sample, write_shards, write_tar
 from PIL import Image
 
 from ldm.batch import Batch
-from ldm.data.shards import expand
-from ldm.data.stream import OrderedSamples, SampleStream, batches, count_streams
-from ldm.data.transforms import DecodeImage
+from ldm.data.decode import DecodeSample
+from ldm.data.sources import ShardCache, expand
+from ldm.data.stream import OrderedSamples, SampleStream, Source, batches, count_streams
 from ldm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-DECODE = DecodeImage(16, random_flip=True, seed=3)
+DECODE = DecodeSample(16, random_flip=True, seed=3)
+CACHE = ShardCache("unused", 1)
 BATCH = 8
 Row = tuple[int, str, str, tuple[int, ...], int]
 
@@ -42,7 +43,9 @@ def rows(batch: Batch) -> list[Row]:
 
 
 def take(spec: str, n: int, rank: int = 0, world: int = 1, workers: int = 0, **options: object) -> Iterator[Batch]:
-    stream = SampleStream(expand(spec), DECODE, 3, BATCH, rank=rank, world=world, **{"shuffle": 4, **options})
+    sources = options.pop("sources", None) or [Source(expand(spec))]
+    options = {"decode": DECODE, "shuffle": 4, **options}
+    stream = SampleStream(sources, seed=3, batch_size=BATCH, cache=CACHE, rank=rank, world=world, **options)
     return itertools.islice(batches(stream, workers), n)
 
 
@@ -89,7 +92,7 @@ FLAWS = {
     "caption/empty": 1,
     "image/missing": 1,
     "image/not an image": 1,
-    "shard/truncated": 1,
+    "shard/truncated": 2,  # the manifest says how many the cut hides
 }
 
 
@@ -145,7 +148,7 @@ def test_shards_and_samples_are_shuffled_anew_each_epoch(tiny_shards: str) -> No
 
 
 def test_another_seed_is_another_order(tiny_shards: str) -> None:
-    streams = [SampleStream(expand(tiny_shards), DECODE, seed, 96) for seed in (3, 3, 4)]
+    streams = [SampleStream([Source(expand(tiny_shards))], DECODE, seed, 96, CACHE) for seed in (3, 3, 4)]
     keys = [next(iter(stream))["key"] for stream in streams]
     assert keys[0] == keys[1] != keys[2]
 
@@ -159,25 +162,26 @@ def test_no_shuffle_keeps_the_order_within_a_shard(tiny_shards: str) -> None:
 
 
 def test_unusable_samples_are_counted_and_the_sequence_goes_on(flawed: str) -> None:
-    """delivered + dropped = what the shards hold, in every epoch; the cut tar loses what was cut off and one more."""
-    got, dropped = run(flawed, 17, max_streams=1, world=1)  # 3 epochs of 45 - 7 + 7 = 45 samples are 135; 17 * 8 = 136
+    """delivered + dropped = what the manifest promises, in every epoch."""
+    got, dropped = run(flawed, 17, max_streams=1, world=1)  # 136 samples: 3 epochs of 45 and one more
     per_epoch = Counter(cursor[1] // 6 for _, _, _, cursor, _ in got)
-    held = 5 * 9 + 7 + 1  # the cut one: 7 sound samples and the one it was cut in
-    assert per_epoch[0] == per_epoch[1] == held - sum(FLAWS.values())
+    assert per_epoch[0] == per_epoch[1] == 6 * 9 - sum(FLAWS.values())
     assert set(dropped) == set(FLAWS)
     assert min(dropped.values()) >= 3
     got, dropped = run(flawed, 100, max_streams=1, world=1)
     full = max(cursor[1] for _, _, _, cursor, _ in got) // 6
-    assert all(abs(count - full) <= 1 for count in dropped.values())
+    assert all(abs(dropped[reason] / FLAWS[reason] - full) <= 1 for reason in FLAWS)
 
 
-def test_a_shard_that_vanishes_is_one_drop(tmp_path: Path) -> None:
+def test_a_shard_that_vanishes_is_as_many_drops_as_it_promised(tmp_path: Path) -> None:
     spec = write_shards(tmp_path, [8, 8])
-    stream = SampleStream(expand(spec), DECODE, 0, 8, max_streams=1)
+    stream = SampleStream([Source(expand(spec))], DECODE, 0, 8, CACHE, max_streams=1)
     (tmp_path / "00001.tar").unlink()
     got = list(itertools.islice(stream, 4))
     assert {int(key) for batch in got for key in batch["key"]} == set(range(8))
-    assert sum(batch["dropped"].get("shard/unreadable", 0) for batch in got) >= 3
+    drops = sum(batch["dropped"].get("shard/unreadable", 0) for batch in got)
+    assert drops >= 3 * 8
+    assert drops % 8 == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -209,13 +213,13 @@ def test_workers_end_with_the_loader(tiny_shards: str) -> None:
 def test_the_global_generator_is_left_alone(tiny_shards: str, tiny_val: str) -> None:
     before = torch.random.get_rng_state()
     list(take(tiny_shards, 2))
-    list(OrderedSamples(expand(tiny_val), DECODE).batches(4))
+    list(OrderedSamples(expand(tiny_val), DECODE, CACHE).batches(4))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ordered_samples(tiny_val: str, flawed: str, workers: int) -> None:
-    samples = OrderedSamples(expand(tiny_val), DecodeImage(16), limit=17)
+    samples = OrderedSamples(expand(tiny_val), DecodeSample(16), CACHE, limit=17)
     got = [list(samples.batches(4, rank, 2, workers)) for rank in range(2)]
     assert [[batch["index"].tolist() for batch in part] for part in got] == [
         [[0, 2, 4, 6], [8, 10, 12, 14], [16]],
@@ -224,23 +228,99 @@ def test_ordered_samples(tiny_val: str, flawed: str, workers: int) -> None:
     assert all(batch["key"] == [f"{i:09d}" for i in batch["index"].tolist()] for part in got for batch in part)
     assert got[0][0]["image"].shape == (4, 3, 16, 16)
 
-    bad = list(OrderedSamples(expand(flawed), DecodeImage(16)).batches(2, num_workers=workers))
+    bad = list(OrderedSamples(expand(flawed), DecodeSample(16), CACHE).batches(2, num_workers=workers))
     dropped = sum((Counter(batch["dropped"]) for batch in bad), Counter())
-    assert sum(len(batch["key"]) for batch in bad) == 5 * 9 + 8 - sum(FLAWS.values())
+    assert sum(len(batch["key"]) for batch in bad) == 6 * 9 - sum(FLAWS.values())
     assert all(batch["key"] for batch in bad)
     assert dropped["caption/empty"] == dropped["image/missing"] == 1
 
 
 def test_ordered_samples_asked_for_more_than_there_are(tiny_val: str) -> None:
-    assert len(OrderedSamples(expand(tiny_val), DECODE, 22)) == 21
+    assert len(OrderedSamples(expand(tiny_val), DECODE, CACHE, 22)) == 21
 
 
 def test_real_shards() -> None:
     folder = Path(__file__).parents[2] / "shared" / "data" / "clipart"
     if not folder.is_dir():
         pytest.skip("no clipart shards beside the repository")
-    stream = SampleStream(expand(f"{folder}/{{00000..00012}}.tar"), DecodeImage(64), 0, 130)
+    stream = SampleStream([Source(expand(f"{folder}/{{00000..00012}}.tar"))], DecodeSample(64), 0, 130, CACHE)
     got = list(itertools.islice(stream, 3))
     assert all(batch["image"].shape == (130, 3, 64, 64) for batch in got)
     assert len({key for batch in got for key in batch["key"]}) == 390
     assert not any(batch["dropped"] for batch in got)
+
+
+def test_fields_that_travel_with_the_picture(tiny_shards: str) -> None:
+    (batch,) = take(tiny_shards, 1)
+    assert batch["original_size"].shape == batch["crop"].shape == (BATCH, 2)
+    numbers = [int(key) for key in batch["key"]]
+    assert batch["original_size"].tolist() == [[16 + n % 13, 16 + n % 17] for n in numbers]
+
+
+class Even:
+    """A filter: keeps every other caption."""
+
+    def __call__(self, record: object) -> bool:
+        return int(record["caption"].split()[1]) % 2 == 0
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 2), (1, 2)])
+def test_filters_keep_the_promise_and_count(flawed: str, world: int, workers: int) -> None:
+    options = {"decode": DecodeSample(16, random_flip=True, random_crop=True, filters={"even": Even()}, seed=3)}
+    if world == 4:
+        options["max_streams"] = 4
+    whole = run(flawed, 12, **({"max_streams": 4} if world == 4 else {}) | options)
+    assert run(flawed, 12, world, workers, **options) == whole
+    assert all(int(key) % 2 == 0 for _, key, *_ in whole[0])
+    assert whole[1]["filter/even"] > 90
+
+
+def two_sources(folder: Path) -> list[Source]:
+    a, b = folder / "a", folder / "b"
+    a.mkdir()
+    b.mkdir()
+    first, second = write_shards(a, [12] * 8), write_shards(b, [10] * 4)
+    return [Source(expand(first), 3.0), Source(expand(second), 1.0)]
+
+
+def test_sources_are_mixed_by_weight_on_any_ranks_and_through_a_resume(tmp_path: Path) -> None:
+    sources = two_sources(tmp_path)
+    whole, _ = run("", 60, sources=sources)
+    from_second = sum(cursor[0] >= 4 for _, _, _, cursor, _ in whole) / len(whole)
+    assert abs(from_second - 0.25) < 0.06  # 480 draws: three standard deviations
+    for world, workers in [(2, 0), (4, 1), (1, 3), (2, 2)]:
+        assert run("", 60, world, workers, sources=sources)[0] == whole
+    cursors = {cursor[0]: cursor[1:] for _, _, _, cursor, _ in whole[: 17 * BATCH]}
+    rest, _ = run("", 43, 2, sources=sources, start=17 * BATCH, cursors=cursors)
+    assert rest == whole[17 * BATCH :]
+    once = Counter(key for _, key, _, cursor, _ in whole if cursor[0] < 4 and cursor[1] < 2)  # 2 of 8 shards a stream
+    assert set(once.values()) == {1}
+    assert len(once) == 96
+
+
+def test_resume_seeks(tmp_path: Path) -> None:
+    """A resumed stream reads from the shard it stood in on, less than two shards' bytes."""
+    spec = write_shards(tmp_path, [60] * 6)
+    opened = []
+
+    class Counting(ShardCache):
+        def open(self, path: str) -> io.BufferedReader:
+            opened.append(path)
+            return super().open(path)
+
+    whole, _ = run(spec, 40, max_streams=2)
+    cursors = {cursor[0]: cursor[1:] for _, _, _, cursor, _ in whole[: 39 * BATCH]}
+    stream = SampleStream(
+        [Source(expand(spec))],
+        DECODE,
+        3,
+        BATCH,
+        Counting("unused", 1),
+        shuffle=4,
+        max_streams=2,
+        start=39 * BATCH,
+        cursors=cursors,
+    )
+    batch = next(iter(stream))
+    assert rows(batch) == whole[39 * BATCH :]
+    assert len(opened) <= 2 * 2

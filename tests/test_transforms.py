@@ -8,12 +8,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import picture
 from PIL import Image
 from torch import Tensor
 
 from ldm.data.shards import BadSample
-from ldm.data.transforms import DecodeImage, decode_caption, decode_sample
+from ldm.data.transforms import DecodeImage
+from ldm.errors import UserError
 
 
 def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:  # noqa: A002
@@ -45,7 +45,7 @@ def test_resize_and_crop_are_pillows_up_to_rounding(size: tuple[int, int]) -> No
     resized = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC)
     left, top = (resized.width - 32) // 2, (resized.height - 32) // 2
     expected = np.asarray(resized.crop((left, top, left + 32, top + 32))).astype(int)
-    got = DecodeImage(32)(encode(image), 0)
+    got = DecodeImage(32)(encode(image), 0).pixels
     assert got.dtype == torch.uint8
     assert got.shape == (3, 32, 32)
     assert got.is_contiguous()
@@ -54,25 +54,64 @@ def test_resize_and_crop_are_pillows_up_to_rounding(size: tuple[int, int]) -> No
     assert difference.mean() < 0.03
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
+def test_a_jpeg_is_decoded_as_pillow_does(mode: str, options: dict[str, object]) -> None:
+    data = encode(scene(150, 97).convert(mode), "JPEG", quality=80, **options)
+    expected = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert torch.equal(DecodeImage(97)(data, 0).pixels, expected.permute(2, 0, 1)[:, :, 26:123])
+
+
+def test_size_and_crop_are_told() -> None:
+    picture = DecodeImage(32)(encode(scene(90, 64)), 0)
+    assert picture.size == (64, 90)
+    assert picture.crop == (0, 6)  # of 32 x 45
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert DecodeImage(32)(encode(scene(90, 64), "JPEG", exif=turned), 0).size == (90, 64)
+
+
+def test_random_crops_are_drawn_per_sample_and_told() -> None:
+    data = encode(photo(48, 32))
+    whole = torch.from_numpy(np.array(photo(48, 32))).permute(2, 0, 1)
+    decode = DecodeImage(32, random_crop=True, seed=5)
+    lefts = []
+    for i in range(300):
+        pixels, _, (top, left) = decode(data, i)
+        assert top == 0
+        assert torch.equal(pixels, whole[:, :, left : left + 32])
+        lefts.append(left)
+    assert set(lefts) == set(range(17))
+    assert lefts == [decode(data, i).crop[1] for i in range(300)]
+
+
+def test_a_scale_below_one_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data.scaled_decode=0.5; give 1 or more"):
+        DecodeImage(32, scaled_decode=0.5)
+
+
 def test_a_large_jpeg_read_at_a_fraction_stays_close() -> None:
     image = scene(512, 512)
     exact = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).astype(float)
-    got = DecodeImage(32)(encode(image, "JPEG", quality=95), 0).permute(1, 2, 0).numpy()
+    decode = DecodeImage(32, scaled_decode=2)
+    got = decode(encode(image, "JPEG", quality=95), 0).pixels.permute(1, 2, 0).numpy()
     assert abs(got - exact).mean() < 1
 
 
 def test_modes() -> None:
     decode = DecodeImage(8)
     red = [255, 0, 0]
-    assert corners(decode(encode(Image.new("P", (8, 8), 0).convert("P")), 0))[0] == [0, 0, 0]
-    assert corners(decode(encode(Image.new("RGB", (8, 8), "red").quantize(4)), 0)) == [red] * 4
-    assert corners(decode(encode(Image.new("RGBA", (8, 8), (255, 0, 0, 0))), 0)) == [[255, 255, 255]] * 4
-    assert corners(decode(encode(Image.new("LA", (8, 8), (0, 0))), 0)) == [[255, 255, 255]] * 4
-    assert corners(decode(encode(Image.new("RGB", (8, 8), "red"), transparency=(255, 0, 0)), 0)) == [[255] * 3] * 4
-    assert corners(decode(encode(Image.new("L", (8, 8), 77)), 0)) == [[77] * 3] * 4
-    assert corners(decode(encode(Image.new("1", (8, 8), 1)), 0)) == [[255] * 3] * 4
-    assert corners(decode(encode(Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))), 0)) == [[200] * 3] * 4
-    cmyk = decode(encode(Image.new("RGB", (8, 8), (250, 5, 5)).convert("CMYK"), "JPEG", quality=98), 0)
+    assert corners(decode(encode(Image.new("P", (8, 8), 0).convert("P")), 0).pixels)[0] == [0, 0, 0]
+    assert corners(decode(encode(Image.new("RGB", (8, 8), "red").quantize(4)), 0).pixels) == [red] * 4
+    assert corners(decode(encode(Image.new("RGBA", (8, 8), (255, 0, 0, 0))), 0).pixels) == [[255, 255, 255]] * 4
+    assert corners(decode(encode(Image.new("LA", (8, 8), (0, 0))), 0).pixels) == [[255, 255, 255]] * 4
+    assert (
+        corners(decode(encode(Image.new("RGB", (8, 8), "red"), transparency=(255, 0, 0)), 0).pixels) == [[255] * 3] * 4
+    )
+    assert corners(decode(encode(Image.new("L", (8, 8), 77)), 0).pixels) == [[77] * 3] * 4
+    assert corners(decode(encode(Image.new("1", (8, 8), 1)), 0).pixels) == [[255] * 3] * 4
+    assert corners(decode(encode(Image.fromarray(np.full((8, 8), 200 * 257, np.uint16))), 0).pixels) == [[200] * 3] * 4
+    cmyk = decode(encode(Image.new("RGB", (8, 8), (250, 5, 5)).convert("CMYK"), "JPEG", quality=98), 0).pixels
     assert all(abs(a - b) < 6 for corner in corners(cmyk) for a, b in zip(corner, [250, 5, 5], strict=True))
 
 
@@ -81,18 +120,19 @@ def test_exif_rotation() -> None:
     image.paste((0, 0, 0), (0, 0, 8, 8))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: the dark corner goes from top left to top right
-    got = corners(DecodeImage(16)(encode(image, "PNG", exif=exif), 0))
+    got = corners(DecodeImage(16)(encode(image, "PNG", exif=exif), 0).pixels)
     assert got == [[255] * 3, [0] * 3, [255] * 3, [255] * 3]
 
 
 def test_flip_is_drawn_per_sample() -> None:
     data = encode(photo(16, 16))
-    plain, decode, again, other = DecodeImage(16)(data, 0), *(DecodeImage(16, True, seed) for seed in (5, 5, 6))
-    flips = [torch.equal(decode(data, i), plain.flip(2)) for i in range(200)]
-    assert all(torch.equal(decode(data, i), plain.flip(2) if flips[i] else plain) for i in range(200))
+    plain = DecodeImage(16)(data, 0).pixels
+    decode, again, other = (DecodeImage(16, random_flip=True, seed=seed) for seed in (5, 5, 6))
+    flips = [torch.equal(decode(data, i).pixels, plain.flip(2)) for i in range(200)]
+    assert all(torch.equal(decode(data, i).pixels, plain.flip(2) if flips[i] else plain) for i in range(200))
     assert 70 < sum(flips) < 130
-    assert flips == [torch.equal(again(data, i), plain.flip(2)) for i in range(200)]
-    assert flips != [torch.equal(other(data, i), plain.flip(2)) for i in range(200)]
+    assert flips == [torch.equal(again(data, i).pixels, plain.flip(2)) for i in range(200)]
+    assert flips != [torch.equal(other(data, i).pixels, plain.flip(2)) for i in range(200)]
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -132,28 +172,4 @@ def test_damaged_bytes_give_a_picture_or_a_bad_sample(format: str) -> None:  # n
         data = np.frombuffer(sound, np.uint8).copy()
         data[draw.integers(0, len(data), 5)] = draw.integers(0, 256, 5)
         with contextlib.suppress(BadSample):
-            assert DecodeImage(16)(data.tobytes(), 0).shape == (3, 16, 16)
-
-
-def test_captions() -> None:
-    assert decode_caption(" a cat 😀\n".encode()) == "a cat 😀"
-    for data, reason in [
-        (None, "missing"),
-        (b"", "empty"),
-        (b" \n", "empty"),
-        (b"caf\xe9", "not UTF-8"),
-        (b"a" * 100_000, "too long"),
-    ]:
-        with pytest.raises(BadSample, match=f"caption/{reason}"):
-            decode_caption(data)
-
-
-def test_a_sample_needs_both() -> None:
-    decode = DecodeImage(16)
-    image, caption = decode_sample({"json": b"{", "png": picture(1, format="PNG"), "txt": b"a"}, decode, 0)
-    assert image.shape == (3, 16, 16)
-    assert caption == "a"
-    with pytest.raises(BadSample, match="image/missing"):
-        decode_sample({"txt": b"a", "pkl": b"cos\nsystem\n"}, decode, 0)
-    with pytest.raises(BadSample, match="caption/missing"):
-        decode_sample({"jpg": picture(1)}, decode, 0)
+            assert DecodeImage(16)(data.tobytes(), 0).pixels.shape == (3, 16, 16)

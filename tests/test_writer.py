@@ -11,8 +11,9 @@ import pytest
 import webdataset
 from PIL import Image
 
+from ldm.data.decode import DecodeSample
+from ldm.data.sources import ShardCache
 from ldm.data.stream import OrderedSamples
-from ldm.data.transforms import DecodeImage
 from ldm.data.writer import ShardWriter
 from ldm.errors import UserError
 
@@ -59,7 +60,7 @@ def test_an_interrupted_shard_is_invisible(tmp_path: Path):
 def test_our_reader_and_webdataset_read_the_same(tmp_path: Path):
     _write(tmp_path)
     paths = sorted(str(p) for p in tmp_path.glob("*.tar"))
-    (batch,) = OrderedSamples(paths, DecodeImage(16)).batches(8)
+    (batch,) = OrderedSamples(paths, DecodeSample(16), ShardCache("unused", 1)).batches(8)
     assert batch["caption"] == [f"caption {i} é" for i in range(5)]
     theirs = list(webdataset.WebDataset(paths, shardshuffle=False))
     assert [sample["__key__"] for sample in theirs] == batch["key"]

@@ -1,35 +1,64 @@
-"""An endless sequence of samples that is a function of (seed, shard list) alone.
+"""An endless sequence of samples that is a function of (seed, shard list, filters) alone.
 
 Not of ranks, of workers, or of when the run was stopped. How:
 
-    streams    S = min(max_streams, shards). Each epoch deals a fresh permutation of the shards: number j goes to stream
-               j % S, so a stream walks shard after shard forever; `turn` counts the shards it has begun before.
+    slots      S = min(max_streams, shards of the smallest source). Position g = 0, 1, 2, ... takes the next usable sample of
+               slot g % S, and g is the sample's index, which keys all its random draws. Unusable samples are skipped and
+               counted.
+    sources    of several sources, position g draws one by weight from (seed, g).
+    streams    source k has one stream a slot, number k * S + slot. Each epoch of a source deals a fresh permutation of its
+               shards: number j goes to slot j % S, so a stream walks shard after shard forever; `turn` counts the shards
+               it has begun before.
     shuffle    within a shard, each block of `shuffle` samples is permuted. Pictures are decoded after that.
-    sequence   position g = 0, 1, 2, ... takes the next usable sample of stream g % S, and g is the sample's index, which
-               keys all its random draws. Unusable samples are skipped and counted.
-    ranks      rank r of W takes the positions g % W == r: with S a multiple of W, it reads the streams s % W == r.
-    workers    share a rank's streams; each gives its part of a batch, and the parts are put together by index.
+    ranks      rank r of W takes the positions g % W == r: with S a multiple of W, these are the slots s % W == r.
+    workers    share a rank's slots; each gives its part of a batch, and the parts are put together by index.
     resume     a stream's cursor is (turn, position in the shard after shuffling): reading goes on from there.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import islice
-from typing import BinaryIO
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ldm import keyed_random
 from ldm.batch import Batch
-from ldm.data.shards import BadSample, Entry, entries, read
-from ldm.data.transforms import DecodeImage, decode_sample
+from ldm.data.decode import Decode, Fields
+from ldm.data.manifest import Item, complete, expected
+from ldm.data.remote import shown
+from ldm.data.shards import BadSample, entries, read
+from ldm.data.sources import ShardCache
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
 
-Sample = tuple[Tensor, str, str, int, tuple[int, int, int]]  # image, caption, key, index, cursor
-Slot = tuple[BinaryIO | None, Entry | BadSample, int, int]  # file, what lies there, turn, position after it
+
+class Source(NamedTuple):
+    """Shards, and how often a sample comes from them relative to the other sources."""
+
+    paths: Sequence[str]
+    weight: float = 1.0
+
+
+class Place(NamedTuple):
+    """What lies at one position of a stream."""
+
+    path: str
+    file: BinaryIO | None
+    item: Item
+    turn: int
+    position: int  # after it
+
+
+class Sample(NamedTuple):
+    fields: Fields
+    key: str
+    index: int
+    cursor: tuple[int, int, int]
 
 
 def count_streams(n_shards: int, max_streams: int, world: int) -> int:
@@ -52,10 +81,11 @@ class SampleStream(IterableDataset[Batch]):
     """Yields rank `rank`'s part of each batch, forever; inside a DataLoader worker, that worker's part of it.
 
     Args:
-        paths: the shards.
-        decode: bytes -> (3, H, W) uint8.
+        sources: where samples come from.
+        decode: what they become.
         seed: of the order.
         batch_size: samples of one batch over all ranks, a multiple of `world`.
+        cache: opens shards; brings those of other machines here.
         shuffle: samples permuted together; 1 keeps each shard's order.
         start: samples delivered before, over all ranks.
         cursors: stream -> (turn, position) after them; a stream that is not there begins at its beginning.
@@ -67,10 +97,11 @@ class SampleStream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        paths: Sequence[str],
-        decode: DecodeImage,
+        sources: Sequence[Source],
+        decode: Decode,
         seed: int,
         batch_size: int,
+        cache: ShardCache,
         *,
         shuffle: int = 1024,
         max_streams: int = 64,
@@ -79,12 +110,14 @@ class SampleStream(IterableDataset[Batch]):
         start: int = 0,
         cursors: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
-        self.streams = count_streams(len(paths), max_streams, world)
+        self.slots = count_streams(min(len(source.paths) for source in sources), max_streams, world)
         assert batch_size % world == 0
-        self.paths = list(paths)
+        self.sources = list(sources)
+        self.bounds = list(accumulate(source.weight for source in sources))
         self.decode = decode
         self.seed = seed
         self.batch_size = batch_size
+        self.cache = cache
         self.shuffle = max(1, shuffle)
         self.rank = rank
         self.world = world
@@ -94,52 +127,63 @@ class SampleStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        own = [s for s in range(self.rank, self.streams, self.world) if s // self.world % workers == number]
-        walks = {s: self._walk(s) for s in own}
+        own = {s for s in range(self.rank, self.slots, self.world) if s // self.world % workers == number}
+        walks: dict[int, Iterator[Place]] = {}
         first = self.start
         while True:
-            dropped: Counter[str] = Counter()
-            positions = [g for g in range(first, first + self.batch_size) if g % self.streams in walks]
-            yield collate([self._next(g, walks[g % self.streams], dropped) for g in positions], dropped)
+            drops = Drops()
+            positions = [g for g in range(first, first + self.batch_size) if g % self.slots in own]
+            yield collate([self._next(g, walks, drops) for g in positions], drops)
             first += self.batch_size
 
-    def _next(self, index: int, walk: Iterator[Slot], dropped: Counter[str]) -> Sample:
-        stream = index % self.streams
+    def _next(self, index: int, walks: dict[int, Iterator[Place]], drops: "Drops") -> Sample:
+        stream = self._source(index) * self.slots + index % self.slots
+        walk = walks.setdefault(stream, self._walk(stream))
         last_turn = None
-        for file, entry, turn, position in walk:
-            last_turn = last_turn or turn + self._shards_of(stream)
+        for place in walk:
+            last_turn = last_turn or place.turn + self._shards_of(stream)
             try:
-                key, image, caption = _load(file, entry, self.decode, index)
+                key, fields = _load(place.path, place.file, place.item, self.decode, index)
             except BadSample as bad:
-                dropped[bad.reason] += 1
+                drops.add(bad)
             else:
-                return image, caption, key, index, (stream, turn, position)
-            if turn > last_turn:  # every shard was read from end to end: the next epoch would be the same
+                return Sample(fields, key, index, (stream, place.turn, place.position))
+            if place.turn > last_turn:  # every shard was read from end to end: the next epoch would be the same
                 raise UserError(
-                    f"none of the {self._shards_of(stream)} shards of stream {stream} ({self._shard(stream, turn)!r}, "
-                    f"...) holds a usable sample; dropped: {dict(dropped)}; check the shards"
+                    f"none of the {self._shards_of(stream)} shards of stream {stream} ({shown(place.path)!r}, ...) holds a "
+                    f"usable sample; dropped: {dict(drops.counts)}; check the shards and the filters"
                 )
         raise AssertionError("a walk has no end")
 
-    def _walk(self, stream: int) -> Iterator[Slot]:
+    def _source(self, index: int) -> int:
+        if len(self.sources) == 1:
+            return 0
+        draw = keyed_random.uniform(self.seed, index, "source") * self.bounds[-1]
+        return next(k for k, bound in enumerate(self.bounds) if draw < bound)
+
+    def _walk(self, stream: int) -> Iterator[Place]:
         """Everything that stream holds, from its cursor on, usable or not."""
         turn, done = self.cursors.get(stream, (0, 0))
         while True:
-            first = 0
-            for number, (file, block) in enumerate(_blocks(self._shard(stream, turn), self.shuffle)):
-                if first + len(block) > done:
-                    order = _permutation(len(block), self.seed, f"samples/{stream}/{turn}/{number}")
-                    for i in range(max(0, done - first), len(block)):
-                        yield file, block[order[i]], turn, first + i + 1
-                first += len(block)
+            path = self._shard(stream, turn)
+            with opened(self.cache, path) as (file, items):
+                for first in range(0, len(items), self.shuffle):
+                    block = items[first : first + self.shuffle]
+                    if first + len(block) > done:
+                        order = _permutation(len(block), self.seed, f"samples/{stream}/{turn}/{first}")
+                        for i in range(max(0, done - first), len(block)):
+                            yield Place(path, file, block[order[i]], turn, first + i + 1)
             turn, done = turn + 1, 0
 
     def _shards_of(self, stream: int) -> int:
-        return len(range(stream, len(self.paths), self.streams))
+        k, slot = divmod(stream, self.slots)
+        return len(range(slot, len(self.sources[k].paths), self.slots))
 
     def _shard(self, stream: int, turn: int) -> str:
+        k, slot = divmod(stream, self.slots)
         epoch, number = divmod(turn, self._shards_of(stream))
-        return self.paths[_shard_order(len(self.paths), self.seed, epoch)[stream + number * self.streams]]
+        paths = self.sources[k].paths
+        return paths[_shard_order(len(paths), self.seed, f"shards/{k}/{epoch}")[slot + number * self.slots]]
 
 
 class OrderedSamples(Dataset[Batch]):
@@ -148,12 +192,12 @@ class OrderedSamples(Dataset[Batch]):
     A sample's index is its place in the shards. An unusable sample keeps its place and is left out of its batch.
     """
 
-    def __init__(self, paths: Sequence[str], decode: DecodeImage, limit: int | None = None) -> None:
-        self.decode = decode
-        self.places: list[tuple[str, Entry | BadSample]] = []
+    def __init__(self, paths: Sequence[str], decode: Decode, cache: ShardCache, limit: int | None = None) -> None:
+        self.decode, self.cache = decode, cache
+        self.places: list[tuple[str, Item]] = []
         for path in paths:
-            for _, block in _blocks(path, 1024):
-                self.places += [(path, entry) for entry in block]
+            with opened(cache, path) as (_, items):
+                self.places += [(path, item) for item in items]
             if limit is not None and len(self.places) >= limit:
                 break
         self.places = self.places[:limit]
@@ -163,18 +207,18 @@ class OrderedSamples(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """One sample as a batch of one, or of none when it is unusable. cursor: (0, 0, index)."""
-        path, entry = self.places[index]
-        dropped: Counter[str] = Counter()
+        path, item = self.places[index]
+        drops = Drops()
         samples: list[Sample] = []
         try:
-            with open(path, "rb") as file:
-                key, image, caption = _load(file, entry, self.decode, index)
-            samples = [(image, caption, key, index, (0, 0, index))]
+            with self.cache.open(path) as file:
+                key, fields = _load(path, file, item, self.decode, index)
+            samples = [Sample(fields, key, index, (0, 0, index))]
         except BadSample as bad:
-            dropped[bad.reason] += 1
+            drops.add(bad)
         except OSError:
-            dropped["shard/unreadable"] += 1
-        return collate(samples, dropped)
+            drops.add(BadSample("shard/unreadable"))
+        return collate(samples, drops)
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1, num_workers: int = 0) -> Iterator[Batch]:
         """Rank r's samples r, r + world, ...; no padding, so the last batch may be short and ranks may differ by one."""
@@ -188,7 +232,6 @@ class OrderedSamples(Dataset[Batch]):
 
 def batches(stream: SampleStream, num_workers: int) -> Iterator[Batch]:
     """The stream's batches, read by `num_workers` processes (0: this one). The same batches for any number."""
-    num_workers = min(num_workers, stream.streams // stream.world)  # one more would have nothing to read
     loader = DataLoader(
         stream,
         batch_size=None,
@@ -210,15 +253,29 @@ def batches(stream: SampleStream, num_workers: int) -> Iterator[Batch]:
     raise UserError(message)
 
 
-def collate(samples: Sequence[Sample], dropped: Mapping[str, int]) -> Batch:
+class Drops:
+    """Unusable samples: how many for each reason, and where the last of each was."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.where: dict[str, str] = {}
+
+    def add(self, bad: BadSample) -> None:
+        self.counts[bad.reason] += 1
+        self.where[bad.reason] = bad.where
+
+
+def collate(samples: Sequence[Sample], drops: Drops) -> Batch:
     """Samples, perhaps none, and the drops met on the way -> one batch."""
+    columns = {name: [sample.fields[name] for sample in samples] for name in (samples[0].fields if samples else ())}
+    stacked = {name: torch.stack(c) if isinstance(c[0], Tensor) else c for name, c in columns.items()}
     return Batch(
-        image=torch.stack([s[0] for s in samples]) if samples else torch.empty(0, dtype=torch.uint8),
-        caption=[s[1] for s in samples],
-        key=[s[2] for s in samples],
-        index=torch.tensor([s[3] for s in samples], dtype=torch.int64),
-        cursor=torch.tensor([s[4] for s in samples], dtype=torch.int64).reshape(-1, 3),
-        dropped=dict(dropped),
+        **stacked,
+        key=[sample.key for sample in samples],
+        index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        cursor=torch.tensor([sample.cursor for sample in samples], dtype=torch.int64).reshape(-1, 3),
+        dropped=dict(drops.counts),
+        dropped_where=drops.where,
     )
 
 
@@ -226,53 +283,67 @@ def merge(parts: Sequence[Batch]) -> Batch:
     """Parts of one batch -> the batch, in the order of the samples' indices."""
     if len(parts) == 1:
         return parts[0]
-    index, order = torch.cat([part["index"] for part in parts]).sort()
-    full = [part for part in parts if part["key"]]
-    image = torch.empty(len(index), *(full[0]["image"].shape[1:] if full else ()), dtype=torch.uint8)
-    for part in full:  # into place at once: cat and then index would copy every picture twice
-        image[torch.searchsorted(index, part["index"])] = part["image"]
-    captions = [caption for part in parts for caption in part["caption"]]
-    keys = [key for part in parts for key in part["key"]]
-    dropped: Counter[str] = Counter()
+    drops = Drops()
     for part in parts:
-        dropped.update(part["dropped"])
-    return Batch(
-        image=image,
-        caption=[captions[i] for i in order.tolist()],
-        key=[keys[i] for i in order.tolist()],
-        index=index,
-        cursor=torch.cat([part["cursor"] for part in parts])[order],
-        dropped=dict(dropped),
-    )
+        drops.counts.update(part["dropped"])
+        drops.where |= part["dropped_where"]
+    full = [part for part in parts if part["key"]]
+    if not full:
+        return collate([], drops)
+    order = torch.cat([part["index"] for part in full]).argsort()
+    columns = {name: [part[name] for part in full] for name in full[0] if not name.startswith("dropped")}
+    merged = {name: _in_order(column, order) for name, column in columns.items()}
+    return Batch(**merged, dropped=dict(drops.counts), dropped_where=drops.where)
 
 
-def _load(file: BinaryIO | None, entry: Entry | BadSample, decode: DecodeImage, index: int) -> tuple[str, Tensor, str]:
-    if isinstance(entry, BadSample):
-        raise entry
-    assert file is not None
-    return entry.key, *decode_sample(read(file, entry), decode, index)
+def _in_order(columns: Sequence[Any], order: Tensor) -> Any:
+    """Columns, one after another, put in order."""
+    if isinstance(columns[0], list):
+        rows = [value for column in columns for value in column]
+        return [rows[i] for i in order.tolist()]
+    out = columns[0].new_empty(len(order), *columns[0].shape[1:])
+    places = order.argsort().split([len(column) for column in columns])
+    for column, place in zip(columns, places, strict=True):  # at once: cat and then index would copy twice
+        out[place] = column
+    return out
 
 
-def _blocks(path: str, size: int) -> Iterator[tuple[BinaryIO | None, list[Entry | BadSample]]]:
-    """One shard's samples, `size` at a time; the file stays open until the next shard. Only offsets are held."""
+@contextmanager
+def opened(cache: ShardCache, path: str) -> Iterator[tuple[BinaryIO | None, list[Item]]]:
+    """One shard: the open file, and where its samples lie, one item for each that it should hold."""
+    promised = None
     try:
-        file = open(path, "rb")  # noqa: SIM115  closed below; here only a failure to open counts
-    except OSError:
-        yield None, [BadSample("shard/unreadable")]
+        promised = expected(partial(cache.sidecar, path))
+        file = cache.open(path)
+    except (BadSample, OSError) as error:
+        bad = error if isinstance(error, BadSample) else BadSample("shard/unreadable")
+        yield None, complete([bad], promised)
         return
     with file:
-        places = entries(file)
-        while block := list(islice(places, size)):
-            yield file, block
+        yield file, complete(list(entries(file)), promised)
+
+
+def _load(path: str, file: BinaryIO | None, item: Item, decode: Decode, index: int) -> tuple[str, Fields]:
+    """Raises BadSample, which says where."""
+    key = "-"
+    try:
+        if isinstance(item, BadSample):
+            raise BadSample(item.reason)
+        assert file is not None
+        key = item.key
+        return key, decode(key, read(file, item), index)
+    except BadSample as bad:
+        bad.where = f"{shown(path)}: {key}"
+        raise
 
 
 def _permutation(n: int, seed: int, purpose: str) -> list[int]:
     return KeyedRandom(seed, torch.arange(n)).uniform(purpose).argsort(stable=True).tolist()
 
 
-@lru_cache(maxsize=4)  # the streams of a process are within an epoch or two of each other
-def _shard_order(n: int, seed: int, epoch: int) -> list[int]:
-    return _permutation(n, seed, f"shards/{epoch}")
+@lru_cache(maxsize=16)  # the streams of a process are within an epoch or two of each other
+def _shard_order(n: int, seed: int, purpose: str) -> list[int]:
+    return _permutation(n, seed, purpose)
 
 
 def _as_it_is(chunk: Batch) -> Batch:

@@ -1,76 +1,91 @@
-"""Bytes of a shard -> a picture and its caption, or a BadSample that says why not."""
+"""Bytes of a sample -> a picture, or a BadSample that says why not."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from ldm import keyed_random
 from ldm.data.shards import BadSample
-from ldm.keyed_random import KeyedRandom
+from ldm.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # named, or Pillow tries them all: its EPS reader starts Ghostscript
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 2**26
 MAX_ASPECT = 20  # a picture of 1 x 20000 would be resized to a million columns
-MAX_CAPTION_BYTES = 2**16
+_ORIENTATION = 0x0112  # EXIF
+
+
+class Picture(NamedTuple):
+    """A decoded picture and what was done to it, as SDXL's size and crop conditioning wants it (Podell et al. 2023, 2.2)."""
+
+    pixels: Tensor  # (3, side, side) uint8
+    size: tuple[int, int]  # height and width before resizing
+    crop: tuple[int, int]  # top and left of the crop in the resized picture
 
 
 class DecodeImage:
-    """Encoded picture -> uint8 (3, side, side) RGB: short side resized to `side` (bicubic, antialiased), center crop.
+    """Encoded picture -> RGB: short side resized to `side` (bicubic, antialiased), then a square crop.
 
-    EXIF rotation is applied; transparency is laid on white. With `random_flip` half of the samples are mirrored, drawn
-    from (seed, sample index).
+    EXIF rotation is applied; transparency is laid on white.
+
+    Args:
+        side: pixels of the result's sides.
+        random_crop: crop anywhere in place of the center, drawn from (seed, sample index).
+        random_flip: mirror half of the samples, drawn likewise.
+        scaled_decode: a JPEG may come at 1/2, 1/4 or 1/8 of its size while its short side stays at least so many times
+            `side`; at 2 the pixels move by less than one gray level in the mean, at 1 by two. None: always whole.
+        seed: of the draws.
     """
 
-    def __init__(self, side: int, random_flip: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        side: int,
+        random_crop: bool = False,
+        random_flip: bool = False,
+        scaled_decode: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if scaled_decode is not None and scaled_decode < 1:
+            raise UserError(f"data.scaled_decode={scaled_decode}; give 1 or more (2 is nearly exact), or null")
         self.side = side
-        self.random_flip = random_flip
+        self.random_crop, self.random_flip = random_crop, random_flip
+        self.scaled_decode = scaled_decode
         self.seed = seed
 
-    def __call__(self, data: bytes, index: int) -> Tensor:
+    def __call__(self, data: bytes, index: int) -> Picture:
         """Raises BadSample: "image/empty", "/not an image", "/too large", "/too narrow", "/truncated"."""
-        pixels = torch.from_numpy(_decode(data, 2 * self.side)).permute(2, 0, 1)
+        enough = None if self.scaled_decode is None else self.side * self.scaled_decode
+        array, original = _decode(data, enough)
+        pixels = torch.from_numpy(array).permute(2, 0, 1)
         height, width = pixels.shape[1:]
         scale = self.side / min(height, width)
         size = (max(self.side, round(height * scale)), max(self.side, round(width * scale)))
         if size != (height, width):  # on uint8: Pillow's result up to rounding, three to five times faster
             pixels = functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
-        top, left = (size[0] - self.side) // 2, (size[1] - self.side) // 2
+        top, left = (self._place(extent - self.side, index, axis) for axis, extent in enumerate(size))
         pixels = pixels[:, top : top + self.side, left : left + self.side]
-        if self.random_flip and KeyedRandom(self.seed, torch.tensor([index])).uniform("flip").item() < 0.5:
+        if self.mirrored(index):
             pixels = pixels.flip(2)
-        return pixels.contiguous()
+        return Picture(pixels.contiguous(), original, (top, left))
+
+    def mirrored(self, index: int) -> bool:
+        """Whether this sample is flipped, left to right."""
+        return self.random_flip and keyed_random.uniform(self.seed, index, "flip") < 0.5
+
+    def _place(self, spare: int, index: int, axis: int) -> int:
+        if not self.random_crop:
+            return spare // 2
+        return int(keyed_random.uniform(self.seed, index, f"crop/{axis}") * (spare + 1))
 
 
-def decode_caption(data: bytes | None) -> str:
-    """Raises BadSample: "caption/missing", "/too long", "/not UTF-8", "/empty"."""
-    if data is None:
-        raise BadSample("caption/missing")
-    if len(data) > MAX_CAPTION_BYTES:
-        raise BadSample("caption/too long")
-    try:
-        caption = data.decode().strip()
-    except UnicodeDecodeError:
-        raise BadSample("caption/not UTF-8") from None
-    if not caption:
-        raise BadSample("caption/empty")
-    return caption
-
-
-def decode_sample(members: dict[str, bytes], decode: DecodeImage, index: int) -> tuple[Tensor, str]:
-    """{extension: bytes} -> (3, side, side) uint8 and the caption. Raises BadSample."""
-    caption = decode_caption(members.get("txt"))  # first: it costs nothing
-    data = next((members[extension] for extension in EXTENSIONS if extension in members), None)
-    if data is None:
-        raise BadSample("image/missing")
-    return decode(data, index), caption
-
-
-def _decode(data: bytes, enough: int) -> np.ndarray:
-    """(H, W, 3) uint8. A JPEG may come at 1/2, 1/4 or 1/8 of its size while both sides stay at least `enough`."""
+def _decode(data: bytes, enough: float | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """(H, W, 3) uint8, and the picture's height and width, which those of the array may be a fraction of."""
     if not data:
         raise BadSample("image/empty")
     try:
@@ -85,11 +100,23 @@ def _decode(data: bytes, enough: int) -> np.ndarray:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("image/too narrow")
     try:
-        image.draft(None, (enough, enough))
-        ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image)
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and not turned:
+            return _jpeg(data, height, width, enough), (height, width)
+        image = ImageOps.exif_transpose(image)
+        return _rgb(image), (image.height, image.width)
     except Exception as error:  # the same
         raise BadSample("image/truncated") from error
+
+
+def _jpeg(data: bytes, height: int, width: int, enough: float | None) -> np.ndarray:
+    """libjpeg-turbo, without Pillow's copies. What it finds fault with is left to Pillow's judgment."""
+    factor = 1 if enough is None else max(f for f in (1, 2, 4, 8) if f == 1 or min(height, width) >= f * enough)
+    least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", **least)
+    except ValueError:
+        return _rgb(Image.open(io.BytesIO(data), formats=FORMATS))
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -10,18 +10,39 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import WandbLogger
 
 from ldm.batch import Batch, to_uint8
+from ldm.data.accounts import Tally, write_report
 from ldm.diffusion.sampling import Sampling
 from ldm.evaluation.grid import picture_grid
 
 
 class DataPosition(Callback):
     """Tells the data module what the training step consumed: the position that a checkpoint keeps is this one, not what
-    the loader has fetched ahead. Stands before the checkpoint callback."""
+    the loader has fetched ahead. Stands before the checkpoint callback.
+
+    With each logged step it writes run_dir/data_report.json and logs data/dropped/<reason>, both over all ranks.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = Path(run_dir)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, _: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         trainer.datamodule.consumed(batch)
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % trainer.log_every_n_steps == 0:
+            tally = self._report(trainer)
+            counts = {f"data/dropped/{reason}": float(n) for reason, n in tally.dropped.items()}
+            pl_module.log_dict(counts, rank_zero_only=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer) -> Tally:
+        tally = trainer.datamodule.tally()
+        if trainer.is_global_zero:
+            write_report(tally, self.run_dir)
+        return tally
 
 
 class ProgressBar(RichProgressBar):
@@ -102,12 +123,10 @@ class SampleGrid(Pictures):
     def draw(self, module: LightningModule, batches: list[Batch]) -> Image.Image:
         pictures, captions = [], []
         for batch in batches:
-            side = batch["image"].shape[-1]
-            images = module.sample(self.sampling, batch["caption"], batch["index"], side, self.seed)
-            pictures.append(to_uint8(images).cpu())
+            pictures.append(to_uint8(module.sample_as(batch, self.sampling, self.seed)).cpu())
             captions += batch["caption"]
         return picture_grid(torch.cat(pictures), captions, self.columns)
 
 
 def _head(batch: Batch, n: int) -> Batch:
-    return {"image": batch["image"][:n], "caption": batch["caption"][:n], "index": batch["index"][:n]}
+    return {name: column[:n] for name, column in batch.items() if not name.startswith("dropped")}

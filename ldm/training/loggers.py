@@ -14,6 +14,8 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from ldm.jsonl import cut_after
+
 
 class JsonlLogger(Logger):
     """run_dir/metrics.jsonl: one object per logged step: `step`, `samples_seen`, then the metrics by name;
@@ -49,17 +51,8 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def resume(self, step: int) -> None:
-        """Drops what a killed run logged past the checkpoint at `step`: it is about to be logged again."""
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # a line that the kill cut short
+        """Go on from the checkpoint at `step`."""
+        cut_after(self.path, step)
 
 
 def wandb_logger(run_dir: str, project: str, name: str, **options: Any) -> WandbLogger:
