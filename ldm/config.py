@@ -22,6 +22,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ldm.diffusion.denoiser import Denoiser
     from ldm.models.first_stage import FirstStage
     from ldm.training.base import TrainingModule
@@ -259,6 +261,28 @@ def first_stage(run: str, command: str) -> "FirstStage":
     prefix = "autoencoder."
     autoencoder.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["ema"]["weights"].items()})
     return FirstStage(autoencoder, mean.tolist(), std.tolist())
+
+
+def text_encoder(source: str) -> "nn.Module":
+    """A frozen text encoder.
+
+    Args:
+        source: a diffusion run's directory, for the encoder it trained or used; or a name in configs/model/conditioner.
+
+    Raises:
+        UserError: neither, or a conditioner whose encoder is trained with the denoiser and has no weights of its own.
+    """
+    if (Path(source) / "config.yaml").is_file():
+        return load_run(source)[0].conditioner.encoder.requires_grad_(False)
+    names = [path.stem for path in (CONFIGS / "model" / "conditioner").glob("*.yaml")]
+    if source not in names:
+        raise UserError(f"text encoder {source!r} is no run's directory and no conditioner{_nearest(source, names)}")
+    encoder = build(OmegaConf.load(CONFIGS / "model" / "conditioner" / f"{source}.yaml")).encoder
+    if any(p.requires_grad for p in encoder.parameters()):
+        raise UserError(
+            f"conditioner {source} is trained together with a denoiser: give the directory of a run that did"
+        )
+    return encoder
 
 
 def register_run(argv: list[str]) -> None:

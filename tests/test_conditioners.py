@@ -34,3 +34,14 @@ def test_a_trained_encoder_gets_gradients_through_the_null():
     conditioner = TextConditioner(WordEncoder())
     conditioner.null(4).tokens.sum().backward()
     assert conditioner.encoder.table.weight.grad[0].any()
+
+
+def test_cached_text_is_taken_in_place_of_the_caption():
+    encoder = WordEncoder()
+    tokens, mask, vector = encoder(captions(3))
+    cached = Batch(caption=["never read"] * 3, text_tokens=tokens.half(), text_mask=mask, text_vector=vector.half())
+    for pooled in (True, False):
+        conditioner = TextConditioner(encoder, pooled)
+        live = conditioner(Batch(caption=captions(3)))
+        for part, other in zip(conditioner(cached)[:3], live[:3], strict=True):
+            torch.testing.assert_close(part, other, rtol=1e-3, atol=1e-3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import SIDE, autoencoder, batch, first_stage, rows
 
-from ldm.batch import to_unit
+from ldm.batch import Batch, to_unit
 from ldm.keyed_random import KeyedRandom
 from ldm.models.first_stage import FirstStage, Pixels
 
@@ -54,3 +54,32 @@ def test_pixels_are_their_own_latents(side: int):
     assert torch.equal(z, to_unit(part["image"]))
     assert torch.equal(stage.decode(z), z)
     assert stage.latent_shape(side) == (3, side, side) == tuple(z.shape[1:])
+
+
+def test_cached_moments_give_the_latents_of_the_pictures():
+    stage, part = first_stage(), batch(4)
+    moments = stage.moments(part["image"])
+    assert (moments.dtype, moments.shape) == (torch.float16, (4, 4, SIDE // 2, SIDE // 2))
+    cached, random = Batch(moments=moments, index=part["index"]), KeyedRandom(0, part["index"])
+    torch.testing.assert_close(stage.latents(cached, random), stage.latents(part, random), rtol=1e-3, atol=1e-3)
+    assert stage.shape_of(cached) == stage.shape_of(part) == stage.latent_shape(SIDE)
+    assert Pixels().shape_of(part) == Pixels().latent_shape(SIDE)
+
+
+def test_the_logvar_in_a_cache_is_clipped_and_fits_float16():
+    stage = first_stage()
+    stage.autoencoder.quant_conv.bias.data[2:] = 1e6
+    assert stage.moments(batch(1)["image"])[:, 2:].unique().tolist() == [20]
+
+
+def test_moments_depend_on_the_encoder_alone():
+    names = set(first_stage().encoder_state())
+    assert {name.split(".")[0] for name in names} == {"encoder", "quant_conv"}
+    stage, part = first_stage(), batch(2)["image"]
+    before = stage.moments(part)
+    for name, weight in stage.autoencoder.named_parameters():
+        if name not in names:
+            weight.data += 1
+    stage.mean += 1
+    assert torch.equal(stage.moments(part), before)
+    assert Pixels().encoder_state() == {}

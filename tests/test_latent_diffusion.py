@@ -172,3 +172,8 @@ def test_a_frozen_text_encoder_is_neither_trained_nor_saved():
     module.on_save_checkpoint(checkpoint)
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"denoiser"}
     assert isinstance(module.conditioner.encoder, WordEncoder)
+
+
+def test_pictures_for_a_batch_are_those_for_its_captions():
+    module, part = latent_diffusion().eval(), batch(3)
+    torch.testing.assert_close(module.sample_as(part, SAMPLING, 0), sample(module, [0, 1, 2]))

@@ -30,11 +30,15 @@ class Reference:
 
     @classmethod
     def read(cls, batches: Iterable[Batch], n: int | None) -> "Reference":
-        """Raises UserError when there is nothing to read, or less than the n that were asked for."""
+        """Raises UserError when there is nothing to read, less than the n that were asked for, or latents only."""
         batches = list(batches)
         captions = [caption for batch in batches for caption in batch["caption"]]
         if len(captions) < (n or 1):
             raise UserError(f"n={n}, but the validation shards hold {len(captions)} usable samples; ask for fewer")
+        if any("image" not in batch for batch in batches):
+            raise UserError(
+                "the validation data are a latent cache's, without pictures; give data.val_shards=... with pictures"
+            )
         return cls(torch.cat([batch["image"] for batch in batches]), captions)
 
     def protocol(self) -> dict[str, Any]:

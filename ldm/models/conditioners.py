@@ -7,7 +7,7 @@ from ldm.conditioning import Conditioning
 
 
 class TextConditioner(nn.Module):
-    """Captions through a text encoder; the null is the encoding of "".
+    """Captions through a text encoder, or out of a latent cache that holds them encoded; the null is the encoding of "".
 
     Args:
         encoder: captions -> (tokens (B, L, D), mask (B, L), vector (B, V)).
@@ -19,15 +19,16 @@ class TextConditioner(nn.Module):
         self.encoder, self.pooled = encoder, pooled
 
     def forward(self, batch: Batch) -> Conditioning:
-        return self._encode(batch["caption"])
+        if "text_tokens" in batch:
+            return self._cond(batch["text_tokens"].float(), batch["text_mask"], batch["text_vector"].float())
+        return self._cond(*self.encoder(batch["caption"]))
 
     def null(self, n: int) -> Conditioning:
         """n equal rows; encoded once."""
-        row = self._encode([""])
+        row = self._cond(*self.encoder([""]))
         return Conditioning(*(_repeat(part, n) for part in row))
 
-    def _encode(self, captions: list[str]) -> Conditioning:
-        tokens, mask, vector = self.encoder(captions)
+    def _cond(self, tokens: Tensor, mask: Tensor, vector: Tensor) -> Conditioning:
         return Conditioning(tokens, mask, vector if self.pooled else vector[:, :0])
 
 

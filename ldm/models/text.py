@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.errors import UserError
 from ldm.models.layers import TransformerBlock
 
 
@@ -15,6 +16,31 @@ def _bpe() -> Any:  # open_clip is imported here: it takes seconds, and only tex
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer()
+
+
+class CachedText(nn.Module):
+    """Stands in for the frozen text encoder whose work lies in a latent cache: of all captions it knows only "".
+
+    Args:
+        tokens, mask, vector: (L, D), (L,) and (V,), the encoding of "".
+        digest: of the weights of the encoder that made the cache.
+    """
+
+    def __init__(self, tokens: Tensor, mask: Tensor, vector: Tensor, digest: str) -> None:
+        super().__init__()
+        for name, part in {"tokens": tokens.float(), "mask": mask, "vector": vector.float()}.items():
+            self.register_buffer(name, part[None], persistent=False)  # the cache keeps them
+        self.digest = digest
+
+    def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """As TransformerText's. Raises UserError for captions that say something."""
+        if any(captions):
+            raise UserError(
+                f"caption {next(filter(None, captions))!r} has to be encoded, but this run reads encoded text from its "
+                "cache and has no text encoder: choose the model/conditioner that the cache was encoded with"
+            )
+        n = len(captions)
+        return self.tokens.expand(n, -1, -1), self.mask.expand(n, -1), self.vector.expand(n, -1)
 
 
 class TransformerText(nn.Module):

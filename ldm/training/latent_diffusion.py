@@ -14,6 +14,7 @@ from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
 from ldm.training.base import OptimizerFactory, TrainingModule
+from ldm.training.caching import refuse_other_networks
 
 
 class LatentDiffusionModule(TrainingModule):
@@ -48,6 +49,12 @@ class LatentDiffusionModule(TrainingModule):
         self.first_stage, self.conditioner = first_stage, conditioner
         self.denoiser = Denoiser(backbone, parameterization)
         self.loss, self.caption_dropout = loss, caption_dropout
+
+    def setup(self, stage: str) -> None:
+        """Refuses a latent cache of other networks before the first step."""
+        stamp = getattr(self.trainer.datamodule, "stamp", None)
+        if stamp is not None:
+            refuse_other_networks(stamp, self.first_stage, getattr(self.conditioner, "encoder", None))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         random = KeyedRandom(self.seed, batch["index"])
@@ -90,6 +97,22 @@ class LatentDiffusionModule(TrainingModule):
         cond, null = self.conditioner({"caption": captions}), self.conditioner.null(len(captions))
         if negative:
             null = self.conditioner({"caption": [negative] * len(captions)})
+        return self._draw(sampling, cond, null, index, self.first_stage.latent_shape(side), seed)
+
+    @torch.no_grad()
+    def sample_as(self, batch: Batch, sampling: Sampling, seed: int) -> Tensor:
+        """The same for the captions, encoded or not, and in the shape of a batch."""
+        cond, null = self.conditioner(batch), self.conditioner.null(len(batch["index"]))
+        return self._draw(sampling, cond, null, batch["index"], self.first_stage.shape_of(batch), seed)
+
+    def _draw(
+        self,
+        sampling: Sampling,
+        cond: Conditioning,
+        null: Conditioning,
+        index: Tensor,
+        shape: tuple[int, int, int],
+        seed: int,
+    ) -> Tensor:
         random = KeyedRandom(seed, index.to(self.device))
-        z = sampling(self.denoiser, cond, null, random, self.first_stage.latent_shape(side))
-        return self.first_stage.decode(z)
+        return self.first_stage.decode(sampling(self.denoiser, cond, null, random, shape))
