@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from cached import CACHE, encode, write_source
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from test_config import composed
 from tiny import ROOT, process
 
 from ldm import config
+from ldm.data.arrays import pack
+from ldm.data.latents import Stamp
 from ldm.errors import UserError
 
 OPTIONS = sorted(path.relative_to(config.CONFIGS) for path in config.CONFIGS.glob("*/**/*.yaml"))
@@ -21,6 +24,11 @@ DATA = ["data.shards=s/{0..3}.tar", "data.val_shards=v.tar", "data.side=32", "da
 NAMED = ["name=x", "trainer.max_steps=3", *DATA]
 
 
+CACHED = {  # options that read a latent cache, and what they require
+    "latents": "data.decode.folder",
+    "latent_arrays": "data.folder",
+    "cached_text": "model.conditioner.encoder.folder",
+}
 FILTER_NEEDS = {"caption_words": "words", "duplicates": "path"}
 
 
@@ -29,7 +37,9 @@ def built(node: DictConfig, **objects: Any) -> Any:
         return config.build(node, **objects)
 
 
-@pytest.mark.parametrize("path", [path for path in OPTIONS if path.parts[0] != "experiment"], ids=str)
+@pytest.mark.parametrize(
+    "path", [path for path in OPTIONS if path.stem not in CACHED and path.parts[0] != "experiment"], ids=str
+)
 def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
     group, option = path.parent.as_posix(), path.stem
     model = "autoencoder" if group == "model/autoencoder" else "latent_diffusion"
@@ -62,6 +72,25 @@ def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
         assert len(config.build_each(node)) == len(node)
     else:
         assert built(node) is not None
+
+
+def test_options_that_read_a_latent_cache(tmp_path: Path):
+    (tmp_path / "source").mkdir()
+    spec, cache, arrays = write_source(tmp_path / "source", 1), tmp_path / "cache", tmp_path / "arrays"
+    encode(spec, cache)
+    pack(cache, arrays, CACHE)
+    plain = ["model=latent_diffusion", "name=x", "trainer.max_steps=3", "data.side=8", "data.batch_size=4"]
+    text = ["model/conditioner=cached_text", f"model.conditioner.encoder.folder={cache}"]
+    tars = composed("train", "data=latents", *plain, *text, "data.shards=a.tar", f"data.decode.folder={cache}")
+    columns = composed("train", "data=latent_arrays", *plain, f"data.folder={arrays}", "data.val_samples=3")
+    config.check(tars)
+    config.check(columns)
+    assert config.build(tars.data).stamp == config.build(columns.data).stamp == Stamp.read(cache)
+    assert config.build(tars.model.conditioner).null(2).tokens.shape == (2, 4, 8)
+    for option, key in CACHED.items():
+        group = "model/conditioner" if option == "cached_text" else "data"
+        with pytest.raises(UserError, match=f"{key}.* is required|give.* {key}="):
+            config.check(composed("train", f"{group}={option}", *plain))
 
 
 @pytest.mark.parametrize("name", ["latent_diffusion", "autoencoder"])

@@ -88,9 +88,9 @@ def test_sources_are_named_and_weighed(tiny_shards: str, tiny_val: str) -> None:
     for wrong in ({"shards": tiny_shards}, {"shards": tiny_shards, "weight": 0}, {"shards": tiny_shards, "wait": 1}):
         with pytest.raises(UserError, match=r"data.shards.a=.*give shards: and weight:"):
             make({"a": wrong}, tiny_val).setup("fit")
+    again = make({**mixed, "b": {"shards": tiny_val, "weight": 2}}, tiny_val)
     with pytest.raises(UserError, match=r"data.weights=\[3.0, 1.0\], this run has \[3.0, 2.0\]"):
-        again = {**mixed, "b": {"shards": tiny_val, "weight": 2}}
-        make(again, tiny_val).load_state_dict(data.state_dict())
+        again.load_state_dict(data.state_dict())
 
 
 def test_the_key_log_and_the_tally(tiny_shards: str, tiny_val: str, tmp_path: Path) -> None:

@@ -94,9 +94,12 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
 
 def test_a_run_directory_holds_what_it_should(runs: Runs):
     run_dir = runs.folder / "straight"
-    assert {p.name for p in run_dir.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints", "samples"}
+    assert {p.name for p in run_dir.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "data_report.json", "checkpoints", "samples",
+    }  # fmt: skip
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000004.ckpt", "step_00000006.ckpt"]
     assert sorted(p.name for p in (run_dir / "samples").iterdir()) == ["step_00000003.png", "step_00000006.png"]
+    assert json.loads((run_dir / "data_report.json").read_text()) == {"delivered": 48, "dropped": {}, "last_dropped": {}}
     rows = [json.loads(line) for line in lines(run_dir)]
     assert [(row["step"], row["samples_seen"]) for row in rows if "train/loss" in row] == [
         (n, 8 * n) for n in range(1, 7)

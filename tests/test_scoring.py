@@ -91,3 +91,6 @@ def test_a_reference_is_read_from_batches():
         Reference.read([batch(3)], 4)
     with pytest.raises(UserError, match=r"hold 0 usable samples"):
         Reference.read([], None)
+    cached = {name: column for name, column in batch(3).items() if name != "image"}
+    with pytest.raises(UserError, match=r"without pictures; give data.val_shards=... with pictures"):
+        Reference.read([cached], None)

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 
-from ldm.models.text import TransformerText
+from ldm.errors import UserError
+from ldm.models.text import CachedText, TransformerText
 
 CAPTIONS = ["a red circle", "Two   Dogs &amp; a CAT, running!", "naïve café 你好", ""]
 LONG = "word " * 40
@@ -72,3 +73,14 @@ def test_embed_width_is_optional_and_everything_is_trained():
     tokens, _, vector = plain(CAPTIONS)
     (tokens.square().sum() + vector.sum()).backward()
     assert all(p.grad is not None for p in plain.parameters())
+
+
+def test_cached_text_knows_the_empty_caption_only():
+    tokens, mask, vector = torch.randn(4, 8), torch.tensor([True, False, False, False]), torch.randn(6)
+    encoder = CachedText(tokens, mask, vector, digest="d")
+    out = encoder(["", "", ""])
+    assert [part.shape for part in out] == [(3, 4, 8), (3, 4), (3, 6)]
+    assert all(torch.equal(part[2], one) for part, one in zip(out, (tokens, mask, vector), strict=True))
+    assert encoder.state_dict() == {}  # the cache keeps them, not the checkpoint
+    with pytest.raises(UserError, match=r"caption 'a cat' has to be encoded, .* choose the model/conditioner"):
+        encoder(["", "a cat"])
