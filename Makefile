@@ -1,7 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. Both call plain commands that the README shows.
 PYTHON ?= python3
 BIN := .venv/bin
-SWEEP ?= [0,1,1.5,3]
+SWEEP ?= [0,1,1.5]
 
 .PHONY: demo test lint clean
 

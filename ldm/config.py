@@ -70,7 +70,8 @@ def entry_point(
 def quote_ranges(argument: str) -> str:
     """key=a/{00..12}.tar as Hydra wants it, quoted: its grammar reads an unquoted brace as a dictionary."""
     key, _, value = argument.partition("=")
-    if re.search(r"\{-?\d+\.\.-?\d+", value) and value[0] not in "'\"[":
+    mapping = re.match(r"\{\s*\w+\s*:", value)
+    if re.search(r"\{-?\d+\.\.-?\d+", value) and value[0] not in "'\"[" and not mapping:
         return f"{key}='{value}'"
     return argument
 

@@ -130,6 +130,15 @@ def composed(name: str, *overrides: str) -> DictConfig:
     return cfg
 
 
+def test_sources_are_a_mapping_on_the_command_line(tmp_path: Path):
+    mixed = 'data.shards={a: {shards: "x/{0000..0003}.tar", weight: 3}, b: {shards: y.tar, weight: 1}}'
+    cfg = composed("train", DEMO, f"run_dir={tmp_path}", mixed)
+    assert config.plain(cfg.data.shards) == {
+        "a": {"shards": "x/{0000..0003}.tar", "weight": 3},
+        "b": {"shards": "y.tar", "weight": 1},
+    }
+
+
 @pytest.fixture
 def demo(tmp_path: Path) -> DictConfig:
     return composed("train", DEMO, f"run_dir={tmp_path}/runs/demo")

@@ -99,7 +99,11 @@ def test_a_run_directory_holds_what_it_should(runs: Runs):
     }  # fmt: skip
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000004.ckpt", "step_00000006.ckpt"]
     assert sorted(p.name for p in (run_dir / "samples").iterdir()) == ["step_00000003.png", "step_00000006.png"]
-    assert json.loads((run_dir / "data_report.json").read_text()) == {"delivered": 48, "dropped": {}, "last_dropped": {}}
+    assert json.loads((run_dir / "data_report.json").read_text()) == {
+        "delivered": 48,
+        "dropped": {},
+        "last_dropped": {},
+    }
     rows = [json.loads(line) for line in lines(run_dir)]
     assert [(row["step"], row["samples_seen"]) for row in rows if "train/loss" in row] == [
         (n, 8 * n) for n in range(1, 7)
