@@ -11,12 +11,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
+from ldm.data.parallel import in_parallel
 from ldm.data.writer import ShardWriter
 from ldm.errors import UserError
 
@@ -51,6 +52,8 @@ UNSEEN_PAIRS = frozenset(
 )
 TWO_SHAPES = 0.1  # their share in training
 STATED = 0.9  # how often a caption says what it may leave out
+
+SHARD_SIZE = 2048
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,16 @@ def _fingerprint(side: int) -> str:
     return digest.hexdigest()
 
 
+def _write_shard(folder: Path, side: int, seed: int, shard: tuple[int, range]) -> None:
+    number, indices = shard
+    with ShardWriter(folder / ("train", "val")[number], SHARD_SIZE, first=indices.start // SHARD_SIZE) as writer:
+        for i in indices:
+            scene, text = _sample(seed, number, i)
+            file = io.BytesIO()
+            Image.fromarray(render(scene, side)).save(file, "JPEG", quality=95, subsampling=0)
+            writer.write(file.getvalue(), "jpg", text, {"scene": json.dumps(asdict(scene))})
+
+
 def write(folder: str | Path, train: int = 24_576, val: int = 1_536, side: int = 32, seed: int = 0) -> None:
     """Writes folder/train/*.tar and folder/val/*.tar, unless they are there from the same arguments and program.
 
@@ -319,13 +332,13 @@ def write(folder: str | Path, train: int = 24_576, val: int = 1_536, side: int =
     manifest.write_text(json.dumps({"complete": False}))  # first: an interrupted rewrite must not pass for complete
     for path in old:  # a smaller request would leave the last ones
         path.unlink()
-    for number, (split, count) in enumerate((("train", train), ("val", val))):
-        with ShardWriter(folder / split, shard_size=2048) as writer:
-            for i in track(range(count), f"{folder / split}"):
-                scene, text = _sample(seed, number, i)
-                file = io.BytesIO()
-                Image.fromarray(render(scene, side)).save(file, "JPEG", quality=95, subsampling=0)
-                writer.write(file.getvalue(), "jpg", text, {"scene": json.dumps(asdict(scene))})
+    shards = [
+        (number, range(start, min(start + SHARD_SIZE, count)))
+        for number, count in enumerate((train, val))
+        for start in range(0, count, SHARD_SIZE)
+    ]
+    for _ in in_parallel(partial(_write_shard, folder, side, seed), shards, None, f"{folder}"):
+        pass
     manifest.write_text(json.dumps(request))
 
 

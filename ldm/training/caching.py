@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,6 +25,7 @@ from ldm.data.latents import (
     to_npy,
     write_null,
 )
+from ldm.data.parallel import in_parallel
 from ldm.data.schema import normalize, parse
 from ldm.data.shards import BadSample
 from ldm.data.sources import ShardCache
@@ -82,13 +81,16 @@ class CacheEncoder:
         out.mkdir(parents=True, exist_ok=True)
         stamp = self._begin(shards, out)
         total = Tally(NO_BUDGET)
-        mine = range(rank, len(shards), world)
-        for number in track(mine, f"encoding {out}", console=Console(stderr=True), transient=True, disable=rank > 0):
+
+        def encode(number: int) -> Tally:
             shard = CacheShard(out, number)
             tally = shard.tally()
             if tally is None:
                 tally = Tally(NO_BUDGET)
                 shard.write(self._samples(shards[number], stamp, cache, tally), tally)
+            return tally
+
+        for tally in in_parallel(encode, range(rank, len(shards), world), 1, f"encoding {out}"):
             total += tally
         return total
 
