@@ -12,25 +12,29 @@ from ldm import config
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from ldm.errors import UserError
+    from ldm.evaluation.reconstruction import LatentStatistics
     from ldm.evaluation.scoring import Reference, Round, evaluate
+    from ldm.training.autoencoder import AutoencoderModule
 
     module, step = config.load_run(cfg.checkpoint)
-    if not hasattr(module, "sample"):
-        raise UserError(f"{cfg.checkpoint} is an autoencoder's run: its scores are in {cfg.checkpoint}/metrics.jsonl")
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     cfg.data.val_samples = cfg.n
     reference = Reference.read(config.build(cfg.data).val.batches(cfg.batch_size), cfg.n)
 
     rounds = [Round("reconstruction", partial(module.reconstruct, reference.images), {"reconstruction": True})]
-    for scale in cfg.sweep.guidance or [cfg.sampling.guidance.scale]:
+    extra = []
+    if isinstance(module, AutoencoderModule):
+        extra.append(LatentStatistics(module.autoencoder.encode))
+    for scale in cfg.sweep.guidance or [cfg.sampling.guidance.scale] if not extra else ():
         cfg.sampling.guidance.scale = scale
         made = {"side": cfg.data.side, "seed": cfg.seed, "negative": cfg.negative}
         sample = partial(module.sample, config.build(cfg.sampling), **made)
         protocol = {"sampling": config.plain(cfg.sampling), **made, "weights": "ema"}
         rounds.append(Round(f"guidance {scale:g}", sample, protocol))
     folder = Path(cfg.checkpoint) / "evaluation"
-    evaluate(rounds, reference, lambda: config.build_each(cfg.metrics), folder, step, cfg.batch_size, cfg.pictures)
+    evaluate(
+        rounds, reference, lambda: config.build_each(cfg.metrics) + extra, folder, step, cfg.batch_size, cfg.pictures
+    )
 
 
 if __name__ == "__main__":

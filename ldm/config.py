@@ -4,6 +4,7 @@ torch is imported only inside the functions that need it: a refused command line
 """
 
 import difflib
+import json
 import os
 import re
 import sys
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ldm.diffusion.denoiser import Denoiser
+    from ldm.models.autoencoder import Autoencoder
     from ldm.models.first_stage import FirstStage
     from ldm.training.base import TrainingModule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # `_target_` can name any callable of any package (builtins.open, shutil.rmtree ...): only these are built
 ALLOWED_TARGETS = ("ldm.", "pytorch_lightning.", "torch.nn.", "torch.optim.", "torchmetrics.")
+HIGHER_IS_BETTER = ("psnr", "ssim", "usage", "perplexity")  # of a first stage's measures; the others are distances
 # what one run may change between its sessions: where and how it runs, not what it learns from
 FREE = ("trainer.", "callbacks.", "logger.", "data.num_workers.", "data.cache.", "data.budget.", "data.log_keys.")
 
@@ -242,26 +245,78 @@ def denoiser(run: str) -> "Denoiser":
     return module.denoiser.requires_grad_(False)
 
 
-def first_stage(run: str, command: str) -> "FirstStage":
+def autoencoder(run: str, command: str, train_encoder: bool = False) -> "Autoencoder":
+    """The autoencoder of a run under its averaged weights: to train it on, or its decoder alone.
+
+    Args:
+        run, command: see first_stage.
+        train_encoder: false freezes all that latents depend on, so that they stay what they are.
+    """
+    network, _ = _trained_autoencoder(run, command)
+    if not train_encoder:
+        network.freeze_encoder()
+    return network
+
+
+def first_stage(run: str, command: str, require: dict[str, float] | None = None) -> "FirstStage":
     """The frozen first stage out of an autoencoder's run: averaged weights and latent statistics.
 
     Args:
         run: the autoencoder's run directory.
         command: what trains it, for the error when it is not there.
+        require: measured value -> its bound: at least that for psnr, ssim, usage, perplexity; for a distance, at most.
+
+    Raises:
+        UserError: there is no such run, it has no latent statistics, or it does not meet `require`.
     """
     import torch
 
     from ldm.models.first_stage import FirstStage
 
-    cfg = run_config(run, command)
-    checkpoint = _weights(run, command)
+    network, checkpoint = _trained_autoencoder(run, command)
     mean, std = checkpoint["state_dict"]["latent_mean"], checkpoint["state_dict"]["latent_std"]
     if not (torch.isfinite(mean).all() and (std > 0).all()):
         raise UserError(f"the autoencoder in {run} has no latent statistics: its run ended before its first validation")
-    autoencoder = build(cfg.model.autoencoder)
+    if require:
+        measured = checkpoint.get("measured", {}) | _scores(Path(run), checkpoint["global_step"])
+        _refuse_worse(run, require, measured)
+    return FirstStage(network, mean.tolist(), std.tolist())
+
+
+def _trained_autoencoder(run: str, command: str) -> tuple["Autoencoder", dict[str, Any]]:
+    cfg = run_config(run, command)
+    checkpoint = _weights(run, command)
+    network = build(cfg.model.autoencoder)
     prefix = "autoencoder."
-    autoencoder.load_state_dict({k.removeprefix(prefix): v for k, v in checkpoint["ema"]["weights"].items()})
-    return FirstStage(autoencoder, mean.tolist(), std.tolist())
+    saved = checkpoint["state_dict"] | checkpoint["ema"]["weights"]
+    # what the checkpoint leaves out was frozen, and has come with the network: a decoder's fine-tuning
+    state = network.state_dict() | {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    network.load_state_dict(state)
+    return network, checkpoint
+
+
+def _scores(run: Path, step: int) -> dict[str, float]:
+    """What evaluate.py found of this checkpoint's reconstructions."""
+    scores = {}
+    for path in sorted((run / "evaluation").glob(f"step{step}-reconstruction-*/results.json"), key=os.path.getmtime):
+        scores |= json.loads(path.read_text())["metrics"]
+    return scores
+
+
+def _refuse_worse(run: str, require: dict[str, float], measured: dict[str, float]) -> None:
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items()) or "nothing"
+    for name, bound in require.items():
+        if name not in measured:
+            raise UserError(
+                f"first_stage.require.{name}={bound:g}, but {run} was not measured by it (measured: {shown}); run "
+                f"python evaluate.py checkpoint={run} with the metrics that give it"
+            )
+        higher = name.endswith(HIGHER_IS_BETTER)
+        if not (measured[name] >= bound if higher else measured[name] <= bound):
+            raise UserError(
+                f"the first stage in {run} has {name} {measured[name]:.4g}, first_stage.require.{name} wants "
+                f"{'at least' if higher else 'at most'} {bound:g} (measured: {shown}): train it on, or lower the bar"
+            )
 
 
 def text_encoder(source: str) -> "nn.Module":

@@ -47,8 +47,8 @@ def test_the_data_module_is_told_what_was_consumed_and_reports_with_each_logged_
 class Halves:
     """An autoencoder's module whose reconstruction is mid-gray."""
 
-    def reconstruct(self, part: Batch) -> torch.Tensor:
-        return torch.zeros(part["image"].shape)
+    def reconstruct(self, images: torch.Tensor, captions: list[str], index: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(images[index].shape)
 
 
 def test_reconstruction_grid_shows_inputs_reconstructions_and_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -104,4 +104,4 @@ def test_a_wandb_logger_gets_the_picture(tmp_path: Path):
 
     callback = ReconstructionGrid(str(tmp_path), count=2, columns=2)
     validate(callback, trainer(loggers=[Fake()]), Halves(), [batch(2)])
-    assert logged == [("val/pictures", ["RGB"])]
+    assert logged == [("val/samples", ["RGB"])]

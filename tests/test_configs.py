@@ -29,6 +29,7 @@ CACHED = {  # options that read a latent cache, and what they require
     "latent_arrays": "data.folder",
     "cached_text": "model.conditioner.encoder.folder",
 }
+OF_AUTOENCODERS = ("model/autoencoder", "model/adversary", "model/loss/perceptual")
 FILTER_NEEDS = {"caption_words": "words", "duplicates": "path"}
 
 
@@ -42,7 +43,7 @@ def built(node: DictConfig, **objects: Any) -> Any:
 )
 def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
     group, option = path.parent.as_posix(), path.stem
-    model = "autoencoder" if group == "model/autoencoder" else "latent_diffusion"
+    model = "autoencoder" if group in OF_AUTOENCODERS else "latent_diffusion"
     choice = [f"{group}={option}"] if group != "model" else []
     cfg = composed("train", f"model={option if group == 'model' else model}", *choice, *NAMED, f"run_dir={tmp_path}")
     if option == "autoguidance":
@@ -53,6 +54,10 @@ def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
         with pytest.raises(UserError, match=rf"data.decode.filters.{option}.{FILTER_NEEDS[option]} is required"):
             config.check(cfg)
         return
+    if option == "fine_tuned":
+        with pytest.raises(UserError, match=r"model.autoencoder.run is required"):
+            config.check(cfg)
+        return
     config.check(cfg)
     node = cfg
     for part in path.parent.parts if group != "data/filter" else ("data", "decode"):
@@ -61,6 +66,9 @@ def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):
         node = cfg.model.first_stage
         node.run = "runs/none"
         with pytest.raises(InstantiationException, match=r"train it first: python train\.py experiment=demo_auto"):
+            config.build(node)
+    elif option == "lpips":
+        with pytest.raises(InstantiationException, match=r"fetch .* `ldm fetch vgg16 weights/vgg16.pth`"):
             config.build(node)
     elif group == "trainer":
         node.accelerator = "cpu"  # the machine may have no other
@@ -132,6 +140,8 @@ def test_every_experiment_s_own_command_composes_and_builds(path: Path):
     assert cfg.name == path.stem
     if "first_stage" in cfg.model:
         cfg.model.first_stage = composed("train", "model/first_stage=pixels", *NAMED).model.first_stage
+    if cfg.model.get("loss", {}).get("perceptual"):  # whose weights have to be fetched
+        cfg.model.loss.perceptual = None
     module = built(cfg.model)
     assert any(p.requires_grad for p in module.parameters())
     data = config.build(cfg.data)
@@ -145,8 +155,12 @@ def test_every_experiment_s_own_command_composes_and_builds(path: Path):
 def test_every_key_of_an_experiment_is_one_of_its_group_s(path: Path):
     """An experiment cannot add a key that its groups do not have: Hydra's struct mode would not see it."""
     cfg = composed("train", *commands(path)[0])
-    choices = [line.split(":") for line in re.findall(r"override (/\S+: \S+)", path.read_text())]
-    plain = composed("train", *[f"{group[1:]}={option.strip()}" for group, option in choices], *NAMED)
+    text = path.read_text()
+    while based := re.search(r"^  - ([a-z]\w+)$", text, re.MULTILINE):  # on another experiment
+        text = (path.parent / f"{based[1]}.yaml").read_text() + text.replace(based[0], "")
+    choices = [line.split(":") for line in re.findall(r"override (/\S+: \S+)", text)]
+    chosen = {group[1:]: option.strip() for group, option in choices}
+    plain = composed("train", *[f"{group}={option}" for group, option in chosen.items()], *NAMED)
     added = {key for key, _ in config.leaves(cfg)} - {key for key, _ in config.leaves(plain)}
     assert {key for key in added if not key.rpartition(".")[2].isdigit()} == set()
 

@@ -1,16 +1,19 @@
-"""The KL-regularized autoencoder (Rombach et al. 2022, appendix G), in the structure of Stable Diffusion's.
+"""The autoencoder, KL-regularized (Rombach et al. 2022, appendix G), in the structure of Stable Diffusion's.
 
 Shapes: images (B, 3, H, W) in [-1, 1]; moments (B, 2z, H/f, W/f); latents (B, z, H/f, W/f); f = 2^(levels - 1).
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
+from ldm.keyed_random import KeyedRandom
 from ldm.models.layers import Upsample, per_token
 
 
@@ -45,8 +48,14 @@ class ResnetBlock(nn.Module):
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
         self.change = channels != out_channels
+        self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return (self.nin_shortcut(x) if self.change else x) + h
@@ -160,31 +169,48 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
-    """Images to a Gaussian posterior over latents, and latents back to images.
+class Coded(NamedTuple):
+    """What training decodes. latents: (B, z, h, w); penalty: (B,), beside a distance summed over a picture's elements;
+    name: the penalty's."""
+
+    latents: Tensor
+    penalty: Tensor
+    name: str
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder, what both kinds of first stage share.
 
     Args:
-        latent_channels: z.
+        encoder_channels: of the encoder's output.
+        decoder_channels: of the decoder's input.
         channels: width of the first level.
         multipliers: width of each level over `channels`; the grid halves between levels, so f = 2^(levels - 1).
         blocks: residual blocks per level (the decoder has one more).
         attention: per level, whether attention follows each residual block; None for nowhere.
         middle_attention: attention at the lowest resolution, as the published models have.
         groups: of the group normalizations.
+        checkpointing: keep no activations inside residual blocks: the backward pass computes them again.
 
     Raises:
         UserError: when the arguments do not fit each other, or an image's side is not a multiple of f.
     """
 
+    latent_channels: int
+    quant_conv: nn.Conv2d
+    post_quant_conv: nn.Conv2d
+
     def __init__(
         self,
-        latent_channels: int,
+        encoder_channels: int,
+        decoder_channels: int,
         channels: int,
         multipliers: Sequence[int],
         blocks: int = 2,
         attention: Sequence[bool] | None = None,
         middle_attention: bool = True,
         groups: int = 32,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         attention = [False] * len(multipliers) if attention is None else attention
@@ -192,27 +218,79 @@ class AutoencoderKL(nn.Module):
             raise UserError(f"autoencoder: {len(attention)} attention flags for {len(multipliers)} multipliers")
         if channels % groups:
             raise UserError(f"autoencoder: {channels} channels do not divide into {groups} groups; change one of them")
-        self.latent_channels, self.factor = latent_channels, 2 ** (len(multipliers) - 1)
+        self.factor = 2 ** (len(multipliers) - 1)
         shape = (channels, multipliers, blocks, attention, middle_attention)
-        self.encoder = Encoder(*shape, 2 * latent_channels, groups)
-        self.decoder = Decoder(*shape, latent_channels, groups)
-        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+        self.encoder = Encoder(*shape, encoder_channels, groups)
+        self.decoder = Decoder(*shape, decoder_channels, groups)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                module.checkpointing = checkpointing
 
-    def encode(self, images: Tensor) -> Posterior:
-        """images: (B, 3, H, W) in [-1, 1]."""
+    def check(self, images: Tensor) -> None:
+        """Raises UserError for pictures that are not (B, 3, H, W) with sides that are multiples of f."""
         _, channels, height, width = images.shape
         if channels != 3 or height % self.factor or width % self.factor:
             raise UserError(
                 f"autoencoder: images are {channels}x{height}x{width}; expected 3 channels and sides that are "
                 f"multiples of {self.factor}: change data.side"
             )
-        return Posterior.of(self.quant_conv(self.encoder(images)))
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        self.check(images)
+        return self.quant_conv(self.encoder(images))
+
+    def freeze_encoder(self) -> None:
+        """Leaves only the decoder to be trained: what latents depend on stays as it is."""
+        for part in (self.encoder, self.quant_conv):
+            part.requires_grad_(False)
 
     def decode(self, z: Tensor) -> Tensor:
         """z: (B, z, h, w), as sampled from the posterior -> (B, 3, H, W), about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.before_decoder(z))
+
+    def decode_coded(self, latents: Tensor) -> Tensor:
+        """The same for what `code` gave."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def before_decoder(self, z: Tensor) -> Tensor:
+        return self.post_quant_conv(z)
 
     def latent_shape(self, side: int) -> tuple[int, int, int]:
         """The latents' (z, h, w) of square images."""
         return self.latent_channels, side // self.factor, side // self.factor
+
+
+class AutoencoderKL(Autoencoder):
+    """Images to a Gaussian posterior over latents, and latents back to images.
+
+    Args:
+        latent_channels: z.
+        channels, multipliers, blocks, attention, middle_attention, groups, checkpointing: see Autoencoder.
+    """
+
+    def __init__(self, latent_channels: int, channels: int, multipliers: Sequence[int], blocks: int = 2, **shape: Any) -> None:
+        super().__init__(2 * latent_channels, latent_channels, channels, multipliers, blocks, **shape)
+        self.latent_channels = latent_channels
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def encode(self, images: Tensor) -> Posterior:
+        """images: (B, 3, H, W) in [-1, 1]."""
+        return Posterior.of(self._encoded(images))
+
+    def code(self, images: Tensor, random: KeyedRandom) -> Coded:
+        """What a training step decodes: a sample of the posterior, whose noise is the sample's own."""
+        posterior = self.encode(images)
+        noise = random.normal("posterior", posterior.mean.shape[1:])
+        return Coded(posterior.sample(noise), posterior.kl(), "kl")
+
+    def count(self, posterior: Posterior) -> Tensor:
+        """(2,): KL divergence in nats, summed over pictures, and their number."""
+        return torch.stack([posterior.kl().double().sum(), torch.tensor(float(len(posterior.mean))).to(posterior.mean)])
+
+    def code_counts(self, posterior: Posterior) -> None:
+        """There is no codebook."""
+
+    def measures(self, counts: Tensor) -> dict[str, Tensor]:
+        """`kl` in nats per picture."""
+        return {"kl": counts[0] / counts[1]}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ldm.batch import Batch, to_unit
 from ldm.keyed_random import KeyedRandom
-from ldm.models.autoencoder import AutoencoderKL, Posterior
+from ldm.models.autoencoder import Autoencoder, Posterior
 
 
 class FirstStage(nn.Module):
@@ -18,7 +18,7 @@ class FirstStage(nn.Module):
         mean, std: per latent channel, measured over the training data. std > 0.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, autoencoder: Autoencoder, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))

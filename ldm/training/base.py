@@ -56,6 +56,25 @@ class TrainingModule(LightningModule):
         # the step that Lightning logs under: its own count is one too high after some resumes
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, **_: Any
+    ) -> None:
+        """By each part's own norm. Lightning's own clipping refuses fused optimizers under bf16, which scales nothing.
+
+        Raises:
+            UserError: under 16-mixed, whose gradients are still scaled here.
+        """
+        if gradient_clip_val and getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError(
+                "trainer.precision=16-mixed cannot clip gradients: use bf16-mixed, or gradient_clip_val=null"
+            )
+        for part in self.clipped_apart() if gradient_clip_val else ():
+            nn.utils.clip_grad_norm_(part, gradient_clip_val)
+
+    def clipped_apart(self) -> list[list[nn.Parameter]]:
+        """The trained parameters, in the parts whose gradients are clipped each by its own norm."""
+        return [[p for p in self.parameters() if p.requires_grad]]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         frozen = frozen_state(self)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}

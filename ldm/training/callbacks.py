@@ -9,10 +9,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import WandbLogger
 
-from ldm.batch import Batch, to_uint8
+from ldm.batch import Batch, to_uint8, to_unit
 from ldm.data.accounts import Tally, write_report
 from ldm.diffusion.sampling import Sampling
 from ldm.evaluation.grid import picture_grid
+from ldm.evaluation.latent_plot import latent_plot
 
 
 class DataPosition(Callback):
@@ -60,7 +61,7 @@ class ProgressBar(RichProgressBar):
 
 
 class Pictures(Callback):
-    """Writes run_dir/samples/step_<n>.png at each validation, under the averaged weights, and logs it to W&B.
+    """Writes run_dir/<name>/step_<n>.png at each validation, under the averaged weights, and logs it to W&B.
 
     Args:
         run_dir: the run's directory.
@@ -68,8 +69,10 @@ class Pictures(Callback):
         columns: of the grid.
     """
 
-    def __init__(self, run_dir: str, count: int, columns: int) -> None:
-        self.folder, self.count, self.columns = Path(run_dir) / "samples", count, columns
+    name = "samples"
+
+    def __init__(self, run_dir: str, count: int, columns: int = 8) -> None:
+        self.folder, self.count, self.columns = Path(run_dir) / self.name, count, columns
         self.batches: list[Batch] = []
 
     def on_validation_batch_end(
@@ -88,7 +91,7 @@ class Pictures(Callback):
         grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(key="val/pictures", images=[grid])
+                logger.log_image(key=f"val/{self.name}", images=[grid])
 
     def draw(self, module: LightningModule, batches: list[Batch]) -> Image.Image:
         raise NotImplementedError
@@ -101,11 +104,23 @@ class ReconstructionGrid(Pictures):
         rows, captions = [], []
         for batch in batches:
             image = batch["image"].cpu()
-            reconstruction = to_uint8(module.reconstruct(batch)).cpu()
+            whole = module.reconstruct(batch["image"], batch["caption"], torch.arange(len(image)))
+            reconstruction = to_uint8(whole).cpu()
             error = ((reconstruction.int() - image.int()).abs() * 4).clamp(max=255).to(torch.uint8)
             rows.append(torch.stack([image, reconstruction, error], dim=1).flatten(0, 1))
             captions += [text for _ in image for text in ("input", "reconstruction", "error x 4")]
         return picture_grid(torch.cat(rows), captions, self.columns * 3)
+
+
+class LatentPlot(Pictures):
+    """Histograms of the latents by channel, and of the codebook's use."""
+
+    name = "latents"
+
+    def draw(self, module: LightningModule, batches: list[Batch]) -> Image.Image:
+        images = torch.cat([batch["image"] for batch in batches])
+        posterior = module.autoencoder.encode(to_unit(images))
+        return latent_plot(posterior.mean, module.autoencoder.code_counts(posterior))
 
 
 class SampleGrid(Pictures):
