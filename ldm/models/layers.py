@@ -56,6 +56,25 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q: (B, heads, N, head_dim); k, v: (B, heads, L, head_dim); mask: (B, L) bool -> (B, N, heads * head_dim)."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each pair of features by its token's angle. x: (B, heads, N, d); rotation: cosines and sines (N, d/2)."""
+    (a, b), (cos, sin) = x.unflatten(3, (-1, 2)).unbind(4), rotation
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=4).flatten(3).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the input's precision: beside bfloat16 queries, under autocast, a float32 weight has no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention from x to a context, or to x itself.
 
@@ -63,25 +82,39 @@ class Attention(nn.Module):
         width: of x.
         heads, head_dim: the inner width is heads * head_dim.
         context_width: of the context; None for self-attention.
+        bias: of the projections to queries, keys and values.
+        qk_norm: give each head's queries and keys unit mean square (Dehghani et al. 2023; RMS as in SD3).
     """
 
-    def __init__(self, width: int, heads: int, head_dim: int, context_width: int | None = None) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, context_width: int | None = None, bias: bool = False,
+                 qk_norm: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
-        self.to_k = nn.Linear(context_width or width, heads * head_dim, bias=False)
-        self.to_v = nn.Linear(context_width or width, heads * head_dim, bias=False)
+        self.to_q = nn.Linear(width, heads * head_dim, bias)
+        self.to_k = nn.Linear(context_width or width, heads * head_dim, bias)
+        self.to_v = nn.Linear(context_width or width, heads * head_dim, bias)
+        self.norm_q, self.norm_k = (RMSNorm(head_dim, 1e-6) if qk_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(heads * head_dim, width))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, width); context: (B, L, context_width); mask: (B, L) bool, True may be attended to."""
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, N, head_dim) of x; keys and values (B, heads, L, head_dim) of the context."""
         context = x if context is None else context
         q, k, v = (
-            rows.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, head_dim)
+            rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for rows in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+                rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+        """x: (B, N, width); context: (B, L, context_width); mask: (B, L) bool, True may be attended to.
+
+        rotation: of queries and keys by their places (`rotate`), for self-attention.
+        """
+        q, k, v = self.project(x, context)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return self.to_out(attend(q, k, v, mask))
 
 
 class GEGLU(nn.Module):
@@ -107,22 +140,28 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention, cross-attention (when there is a context), feed-forward."""
+    """Pre-norm self-attention, cross-attention (when there is a context), feed-forward.
 
-    def __init__(self, width: int, heads: int, head_dim: int, context_width: int | None = None) -> None:
+    Without `self_attention` the first attention is to the context too.
+    """
+
+    def __init__(
+        self, width: int, heads: int, head_dim: int, context_width: int | None = None, self_attention: bool = True
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, heads, head_dim)
+        self.attn1 = Attention(width, heads, head_dim, None if self_attention else context_width)
         if context_width is not None:
             self.norm2 = nn.LayerNorm(width)
             self.attn2 = Attention(width, heads, head_dim, context_width)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
-        self.cross = context_width is not None
+        self.cross, self.self_attention = context_width is not None, self_attention
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x: (B, N, width). With a context, `mask` (B, L) is the context's; without, it is x's own (B, N)."""
-        x = x + self.attn1(self.norm1(x), mask=None if self.cross else mask)
+        own = (None, None if self.cross else mask) if self.self_attention else (context, mask)
+        x = x + self.attn1(self.norm1(x), *own)
         if self.cross:
             x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff(self.norm3(x))

@@ -1,7 +1,8 @@
 """Text encoders: captions -> token states, their mask, and a pooled vector."""
 
-from collections.abc import Sequence
-from functools import cache
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -12,10 +13,61 @@ from ldm.models.layers import TransformerBlock
 
 
 @cache
-def _bpe() -> Any:  # open_clip is imported here: it takes seconds, and only text needs it
-    from open_clip.tokenizer import SimpleTokenizer
+def bpe() -> Any:
+    """CLIP's byte-pair encoding, whose vocabulary ships inside open_clip."""
+    from open_clip.tokenizer import SimpleTokenizer  # here: it takes seconds, and only text needs it
 
     return SimpleTokenizer()
+
+
+class Tokenizer:
+    """Captions -> token ids of one length, whatever the captions: each in chunks with special tokens of their own.
+
+    A caption that is too long for a chunk goes on in the next one, as AUTOMATIC1111's web UI has it; past the last it is
+    cut. Cut captions are counted in `cut`, and told at the 1st, 10th, 100th ...
+
+    Args:
+        encode: caption -> ids, without special tokens.
+        special: the ids of "": the last stands after a text, the others before it.
+        pad: id of the padding.
+        length: L of a chunk, special tokens included.
+        chunks: C.
+    """
+
+    def __init__(
+        self, encode: Callable[[str], list[int]], special: Sequence[int], pad: int, length: int, chunks: int = 1
+    ) -> None:
+        self.encode = lru_cache(2**16)(encode)  # of a small data set, every epoch but the first finds its captions here
+        self.special, self.pad = list(special), pad
+        self.length, self.chunks = length, chunks
+        self.seen = self.cut = 0
+        if length <= len(special) or chunks < 1:
+            raise UserError(f"length={length}, chunks={chunks}: give a length above {len(special)} and 1 chunk or more")
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids (B, C, L) int64 and mask (B, C, L) bool, True on text and special tokens."""
+        ids = torch.full((len(captions), self.chunks, self.length), self.pad, dtype=torch.int64, device="cpu")
+        mask = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")
+        room = self.length - len(self.special)
+        for i, caption in enumerate(captions):
+            row = self.encode(caption)
+            self._count(caption, len(row), room * self.chunks)
+            for chunk in range(self.chunks):
+                part = [*self.special[:-1], *row[chunk * room : (chunk + 1) * room], *self.special[-1:]]
+                ids[i, chunk, : len(part)] = torch.tensor(part)
+                mask[i, chunk, : len(part)] = True
+        return ids, mask
+
+    def _count(self, caption: str, tokens: int, room: int) -> None:
+        self.seen += 1
+        if tokens > room:
+            self.cut += 1
+            if str(self.cut).strip("0") == "1":
+                warnings.warn(
+                    f"{self.cut:,} of {self.seen:,} captions so far were longer than {room} tokens and are cut, such as "
+                    f"{caption[:40]!r} with {tokens}",
+                    stacklevel=2,
+                )
 
 
 class CachedText(nn.Module):
@@ -69,8 +121,9 @@ class TransformerText(nn.Module):
         pooled_gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self.width, self.context_length = width, context_length
-        self.embed = nn.Embedding(_bpe().vocab_size, embed_width or width)
+        self.width = width
+        self.tokenizer = Tokenizer(bpe().encode, [bpe().sot_token_id, bpe().eot_token_id], 0, context_length)
+        self.embed = nn.Embedding(bpe().vocab_size, embed_width or width)
         self.project = nn.Linear(embed_width, width, bias=False) if embed_width else nn.Identity()
         self.position = nn.Parameter(torch.empty(context_length, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, width // heads) for _ in range(layers))
@@ -85,15 +138,8 @@ class TransformerText(nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """ids (B, L) int64, padded with 0, and mask (B, L) bool, True on start, text and end tokens."""
-        bpe = _bpe()
-        rows = [[bpe.sot_token_id, *bpe.encode(caption), bpe.eot_token_id] for caption in captions]
-        rows = [row if len(row) <= self.context_length else [*row[: self.context_length - 1], row[-1]] for row in rows]
-        ids = torch.zeros(len(rows), self.context_length, dtype=torch.int64)
-        mask = torch.zeros(len(rows), self.context_length, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = True
-        return ids, mask
+        ids, mask = self.tokenizer(captions)
+        return ids[:, 0], mask[:, 0]
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """tokens (B, L, width), mask (B, L) bool, vector (B, width): the normalized mean of the states."""

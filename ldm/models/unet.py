@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
@@ -48,14 +49,14 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the grid's tokens, each with cross-attention to the context; starts as the identity."""
 
     def __init__(self, channels: int, heads: int, head_dim: int, depth: int, context_channels: int, groups: int,
-                 linear: bool) -> None:  # fmt: skip
+                 linear: bool, self_attention: bool = True) -> None:  # fmt: skip
         super().__init__()
         # SD v1 stores the projections as 1x1 convolutions, SD v2 and SDXL as linear layers: the same mathematics
         inner = heads * head_dim
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, heads, head_dim, context_channels) for _ in range(depth)
+            TransformerBlock(inner, heads, head_dim, context_channels, self_attention) for _ in range(depth)
         )
         self.proj_out = zero(nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1))
 
@@ -69,17 +70,29 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Layers in a row, each given what it takes."""
+    """Layers in a row, each given what it takes; with `recompute`, the backward pass makes their activations again."""
 
-    def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning, recompute: bool = False) -> Tensor:
         for layer in self:
+            inputs = [x]
             if isinstance(layer, ResBlock):
-                x = layer(x, embedding)
+                inputs.append(embedding)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, cond)
-            else:
-                x = layer(x)
+                inputs.append(cond)
+            # nothing in here draws random numbers, whose state would have to be kept
+            x = (
+                checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else layer(*inputs)
+            )
         return x
+
+
+class Levels(nn.Embedding):
+    """(B, 1) whole numbers -> (B, width)."""
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return super().forward(vector[:, 0].long())
 
 
 class UNet(nn.Module):
@@ -97,11 +110,16 @@ class UNet(nn.Module):
         heads, head_dim: give one: SD v1 fixes the number of heads (8), SD v2 and SDXL their width (64).
         linear: project into the transformers by linear layers (SD v2, SDXL) in place of 1x1 convolutions (SD v1).
         vector_channels: width of cond.vector, added to the noise embedding; 0 takes none.
+        vector_levels: cond.vector is (B, 1), a whole number below this with an embedding of its own (the x4 upscaler's
+            noise level of the small picture); 0 for none.
+        self_attention: per level, whether its transformers attend to the grid first; without, twice to the context (the
+            x4 upscaler). None for everywhere; the middle always does.
         groups: of the group normalizations.
         scale_shift: let the noise embedding scale and shift features (ADM, GLIDE, unCLIP) in place of adding to them (SD).
         coordinates: append two channels, x and y in [-1, 1], to the input (CoordConv, Liu et al. 2018). Without them a
             U-Net knows where it is only from the zeros that its convolutions pad with.
         noise_scale: factor on c_noise before its sinusoidal embedding: 1 for step indices, about 1000 for t in [0, 1].
+        gradient_checkpointing: keep only each layer's input in training and compute the rest again: less memory, a third slower.
 
     Raises:
         UserError: when the arguments do not fit each other, or an input does not fit the network.
@@ -121,57 +139,65 @@ class UNet(nn.Module):
         head_dim: int | None = None,
         linear: bool = False,
         vector_channels: int = 0,
+        vector_levels: int = 0,
+        self_attention: Sequence[bool] | None = None,
         groups: int = 32,
         scale_shift: bool = False,
         coordinates: bool = False,
         noise_scale: float = 1.0,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if len(depths) != len(multipliers):
-            raise UserError(f"unet: {len(depths)} depths for {len(multipliers)} multipliers; give one depth a level")
+        self_attention = [True] * len(multipliers) if self_attention is None else self_attention
+        if not len(depths) == len(multipliers) == len(self_attention):
+            counts = f"{len(depths)} depths, {len(self_attention)} self_attention"
+            raise UserError(f"unet: {counts} for {len(multipliers)} multipliers; give one of each a level")
+        if vector_channels and vector_levels:
+            raise UserError(
+                f"unet: vector_channels={vector_channels}, vector_levels={vector_levels}; give one of the two"
+            )
         if (heads is None) == (head_dim is None):
             raise UserError(f"unet: heads={heads} and head_dim={head_dim}; give exactly one of the two")
         if channels % groups:
             raise UserError(f"unet: {channels} channels do not divide into {groups} groups; change channels or groups")
-        self.in_channels, self.channels, self.vector_channels = in_channels, channels, vector_channels
-        self.coordinates = coordinates
+        self.in_channels, self.channels = in_channels, channels
+        self.vector_width = vector_channels or min(vector_levels, 1)
+        self.coordinates, self.gradient_checkpointing = coordinates, gradient_checkpointing
         self.noise_scale, self.factor = noise_scale, 2 ** (len(multipliers) - 1)
         embed = 4 * channels
 
         def residual(width: int, out: int) -> ResBlock:
             return ResBlock(width, out, embed, groups, scale_shift)
 
-        def transformer(width: int, depth: int) -> list[SpatialTransformer]:
+        def transformer(width: int, depth: int, own: bool = True) -> list[SpatialTransformer]:
             if depth == 0:
                 return []
             n = heads if heads is not None else width // head_dim
-            return [SpatialTransformer(width, n, width // n, depth, context_channels, groups, linear)]
+            return [SpatialTransformer(width, n, width // n, depth, context_channels, groups, linear, own)]
 
-        self.time_embed = nn.Sequential(nn.Linear(channels, embed), nn.SiLU(), nn.Linear(embed, embed))
-        if vector_channels:
-            self.label_emb = nn.Sequential(nn.Linear(vector_channels, embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.time_embed = _embedding(channels, embed)
+        if self.vector_width:
+            self.label_emb = Levels(vector_levels, embed) if vector_levels else _embedding(vector_channels, embed)
 
+        levels = list(zip([m * channels for m in multipliers], depths, self_attention, strict=True))
         width = channels
         self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels + 2 * coordinates, width, 3, padding=1)])])
         skips = [width]
-        for level, (mult, depth) in enumerate(zip(multipliers, depths, strict=True)):
+        for level, (out, depth, own) in enumerate(levels):
             for _ in range(blocks):
-                self.input_blocks.append(
-                    Stage([residual(width, mult * channels), *transformer(mult * channels, depth)])
-                )
-                width = mult * channels
+                self.input_blocks.append(Stage([residual(width, out), *transformer(out, depth, own)]))
+                width = out
                 skips.append(width)
-            if level < len(multipliers) - 1:
+            if level < len(levels) - 1:
                 self.input_blocks.append(Stage([Downsample(width)]))
                 skips.append(width)
 
         self.middle_block = Stage([residual(width, width), *transformer(width, middle_depth), residual(width, width)])
 
         self.output_blocks = nn.ModuleList()
-        for level, (mult, depth) in reversed(list(enumerate(zip(multipliers, depths, strict=True)))):
+        for level, (out, depth, own) in reversed(list(enumerate(levels))):
             for i in range(blocks + 1):
-                out = mult * channels
-                stage = Stage([residual(width + skips.pop(), out), *transformer(out, depth)])
+                stage = Stage([residual(width + skips.pop(), out), *transformer(out, depth, own)])
                 width = out
                 if level > 0 and i == blocks:
                     stage.append(Upsample(width))
@@ -184,17 +210,18 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Tensor:
         self._check(x, cond)
         embedding = self.time_embed(sinusoidal(c_noise * self.noise_scale, self.channels).to(x.dtype))
-        if self.vector_channels:
+        if self.vector_width:
             embedding = embedding + self.label_emb(cond.vector)
         if self.coordinates:
             x = torch.cat([x, _coordinates(x)], dim=1)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         skips = []
         for stage in self.input_blocks:
-            x = stage(x, embedding, cond)
+            x = stage(x, embedding, cond, recompute)
             skips.append(x)
-        x = self.middle_block(x, embedding, cond)
+        x = self.middle_block(x, embedding, cond, recompute)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, cond)
+            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, cond, recompute)
         return self.out(x)
 
     def _check(self, x: Tensor, cond: Conditioning) -> None:
@@ -205,11 +232,15 @@ class UNet(nn.Module):
             )
         if height % self.factor or width % self.factor:
             raise UserError(f"unet: the input is {height}x{width}; both sides must be multiples of {self.factor}")
-        if self.vector_channels and cond.vector.shape[1] != self.vector_channels:
+        if self.vector_width and cond.vector.shape[1] != self.vector_width:
             raise UserError(
-                f"unet: cond.vector has {cond.vector.shape[1]} features, the network takes {self.vector_channels} "
-                "(vector_channels)"
+                f"unet: cond.vector has {cond.vector.shape[1]} features, the network takes {self.vector_width} "
+                "(vector_channels, or 1 for vector_levels)"
             )
+
+
+def _embedding(width: int, embed: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, embed), nn.SiLU(), nn.Linear(embed, embed))
 
 
 def _coordinates(x: Tensor) -> Tensor:

@@ -46,6 +46,12 @@ class TrainingModule(LightningModule):
     def __init__(self, optimizer: OptimizerFactory, lr_schedule: Callable[[int], float], seed: int) -> None:
         super().__init__()
         self.optimizer_factory, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
+        self._frozen_digest = ""
+
+    def _digest(self, frozen: dict[str, Tensor]) -> str:
+        """Taken once: a text encoder can be 19 GB."""
+        self._frozen_digest = self._frozen_digest or digest(frozen)
+        return self._frozen_digest
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
@@ -78,15 +84,15 @@ class TrainingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         frozen = frozen_state(self)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint["frozen_digest"] = digest(frozen)
+        checkpoint["frozen_digest"] = self._digest(frozen)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts the frozen entries back, so that loading stays strict: any other missing key is an error."""
         frozen = frozen_state(self)
-        if checkpoint["frozen_digest"] != digest(frozen):
+        if checkpoint["frozen_digest"] != self._digest(frozen):
             raise UserError(
                 f"the checkpoint was trained on a frozen network with digest {checkpoint['frozen_digest'][:12]}, the one "
-                f"here has {digest(frozen)[:12]}: bring the first stage (or text encoder) it was trained with back, or "
+                f"here has {self._digest(frozen)[:12]}: bring the first stage (or text encoder) it was trained with back, or "
                 "start a new run with another name="
             )
         checkpoint["state_dict"] |= frozen

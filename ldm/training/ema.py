@@ -53,18 +53,20 @@ class EMA(Callback):
         self.decay, self.updates = decay, 0
         self.step = -1  # Lightning's step at the last update: with accumulation, several batches make one
         self.weights: dict[str, Tensor] = {}
+        self.current: dict[str, Tensor] = {}  # the parameters' own storage
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
         source = self.weights or trainable(pl_module)
-        self.weights = {k: source[k].to(v.device, torch.float32, copy=True) for k, v in trainable(pl_module).items()}
+        self.current = trainable(pl_module)  # found once: walking the modules costs as much as the average itself
+        self.weights = {k: source[k].to(v.device, torch.float32, copy=True) for k, v in self.current.items()}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.float() for p in trainable(pl_module).values()]
+        current = [value.float() for value in self.current.values()]
         torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
         self.updates += 1
 

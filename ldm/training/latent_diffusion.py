@@ -1,5 +1,6 @@
 """Stage two: the conditional latent diffusion model (Rombach et al. 2022)."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -59,20 +60,22 @@ class LatentDiffusionModule(TrainingModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         random = KeyedRandom(self.seed, batch["index"])
         z = self.first_stage.latents(batch, random)
-        loss, _sigma = self.loss(self.denoiser, z, self.drop(self.conditioner(batch), random), random)
+        cond = self.drop(self.conditioner(batch, self.first_stage.latents), random)
+        loss, _sigma = self.loss(self.denoiser, z, cond, random)
         self.log("train/loss", loss.mean(), prog_bar=True)
         return loss.mean()
 
     def drop(self, cond: Conditioning, random: KeyedRandom) -> Conditioning:
-        """Caption dropout: on embeddings, so that live and cached text share it."""
-        keep = random.uniform("caption_dropout") >= self.caption_dropout
-        return cond.where(keep, self.conditioner.null(len(keep)))
+        """Caption dropout: on embeddings, so that live and cached text share it. Several encoders may drop out apart."""
+        null = self.conditioner.null(len(cond.mask), cond)
+        cond = self.conditioner.drop_parts(cond, null, random)
+        return cond.where(random.uniform("caption_dropout") >= self.caption_dropout, null)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """The loss at fixed noise levels, with noise that belongs to the sample: comparable over steps and runs."""
         random = KeyedRandom(self.seed, batch["index"])
         z = self.first_stage.latents(batch, random)
-        cond = self.conditioner(batch)
+        cond = self.conditioner(batch, self.first_stage.latents)
         losses = [self.loss.at_level(self.denoiser, z, cond, random, level)[0].mean() for level in range(LEVELS)]
         values = {f"val/loss_level_{level}": loss for level, loss in enumerate(losses)}
         values["val/loss"] = torch.stack(losses).mean()
@@ -94,15 +97,18 @@ class LatentDiffusionModule(TrainingModule):
         index: (B,) int64; the starting noise of a picture is a function of (seed, its index) alone.
         negative: a prompt that guidance leads away from, in place of the null conditioning.
         """
-        cond, null = self.conditioner({"caption": captions}), self.conditioner.null(len(captions))
+        batch = Batch(caption=captions, index=index.to(self.device))
+        cond = self.conditioner(batch, self.first_stage.latents)
+        null = self.conditioner.null(len(captions), cond)
         if negative:
-            null = self.conditioner({"caption": [negative] * len(captions)})
+            null = self.conditioner({**batch, "caption": [negative] * len(captions)}, self.first_stage.latents)
         return self._draw(sampling, cond, null, index, self.first_stage.latent_shape(side), seed)
 
     @torch.no_grad()
     def sample_as(self, batch: Batch, sampling: Sampling, seed: int) -> Tensor:
         """The same for the captions, encoded or not, and in the shape of a batch."""
-        cond, null = self.conditioner(batch), self.conditioner.null(len(batch["index"]))
+        cond = self.conditioner(batch, self.first_stage.latents)
+        null = self.conditioner.null(len(batch["index"]), cond)
         return self._draw(sampling, cond, null, batch["index"], self.first_stage.shape_of(batch), seed)
 
     def _draw(
@@ -115,4 +121,10 @@ class LatentDiffusionModule(TrainingModule):
         seed: int,
     ) -> Tensor:
         random = KeyedRandom(seed, index.to(self.device))
+        if self.caption_dropout == 0 and sampling.guidance.scale != 1:
+            warnings.warn(
+                "this run trained without caption dropout, so guidance leads away from a null that it never saw: train with "
+                "model.caption_dropout=0.1, or sample with sampling.guidance.scale=1",
+                stacklevel=2,
+            )
         return self.first_stage.decode(sampling(self.denoiser, cond, null, random, shape))
