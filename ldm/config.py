@@ -179,6 +179,12 @@ def build_each(nodes: DictConfig | None) -> list[Any]:
     return [build(node) for node in (nodes or {}).values() if node is not None]
 
 
+def compose(*overrides: str) -> DictConfig:
+    """A training config, as the command line would compose it."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("train", list(overrides))
+
+
 def open_run(cfg: DictConfig) -> Path:
     """Makes the run directory with its resolved config.yaml; a directory made by another config is refused.
 

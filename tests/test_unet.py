@@ -121,7 +121,7 @@ def gradients(network: UNet) -> list[Tensor]:
 def test_checkpointing_gives_the_same_gradients_from_fewer_activations():
     kept, both = [], []
     for checkpointing in (False, True):
-        network = randomized(tiny_unet(vector_channels=3, gradient_checkpointing=checkpointing))
+        network = randomized(tiny_unet(vector_channels=3, checkpointing=checkpointing))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept[-1].append(t.numel()) or t, lambda t: t):
             kept.append([])
             both.append(gradients(network))
@@ -134,7 +134,7 @@ def test_checkpointing_gives_the_same_gradients_from_fewer_activations():
 def test_compiles_without_graph_breaks(checkpointing: bool):
     torch.compiler.reset()
     network = randomized(
-        tiny_unet(vector_channels=3, coordinates=True, gradient_checkpointing=checkpointing, linear=True)
+        tiny_unet(vector_channels=3, coordinates=True, checkpointing=checkpointing, linear=True)
     )
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     for side in (8, 12):

@@ -119,7 +119,7 @@ class UNet(nn.Module):
         coordinates: append two channels, x and y in [-1, 1], to the input (CoordConv, Liu et al. 2018). Without them a
             U-Net knows where it is only from the zeros that its convolutions pad with.
         noise_scale: factor on c_noise before its sinusoidal embedding: 1 for step indices, about 1000 for t in [0, 1].
-        gradient_checkpointing: keep only each layer's input in training and compute the rest again: less memory, a third slower.
+        checkpointing: keep only each layer's input in training and compute the rest again: less memory, a third slower.
 
     Raises:
         UserError: when the arguments do not fit each other, or an input does not fit the network.
@@ -145,7 +145,7 @@ class UNet(nn.Module):
         scale_shift: bool = False,
         coordinates: bool = False,
         noise_scale: float = 1.0,
-        gradient_checkpointing: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self_attention = [True] * len(multipliers) if self_attention is None else self_attention
@@ -162,7 +162,7 @@ class UNet(nn.Module):
             raise UserError(f"unet: {channels} channels do not divide into {groups} groups; change channels or groups")
         self.in_channels, self.channels = in_channels, channels
         self.vector_width = vector_channels or min(vector_levels, 1)
-        self.coordinates, self.gradient_checkpointing = coordinates, gradient_checkpointing
+        self.coordinates, self.checkpointing = coordinates, checkpointing
         self.noise_scale, self.factor = noise_scale, 2 ** (len(multipliers) - 1)
         embed = 4 * channels
 
@@ -214,7 +214,7 @@ class UNet(nn.Module):
             embedding = embedding + self.label_emb(cond.vector)
         if self.coordinates:
             x = torch.cat([x, _coordinates(x)], dim=1)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        recompute = self.checkpointing and torch.is_grad_enabled()
         skips = []
         for stage in self.input_blocks:
             x = stage(x, embedding, cond, recompute)
