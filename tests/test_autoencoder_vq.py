@@ -1,7 +1,7 @@
+import pytest
 import torch
 from diffusers import VQModel
-from omegaconf import OmegaConf
-from tiny import ROOT
+from test_config import composed
 from torch import Tensor
 
 from ldm import config
@@ -22,31 +22,29 @@ def images(n: int) -> Tensor:
     return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 
 
-def test_the_zoo_s_parameter_counts_equal_diffusers_of_the_same_structure():
-    for name, widths, attention, codes, z in (
+@pytest.mark.parametrize(
+    ("name", "widths", "attention", "codes", "z"),
+    [
         ("vq_f4", (128, 256, 512), (), 8192, 3),
         ("vq_f8", (128, 256, 256, 512), (3,), 16384, 4),
         ("vq_f8_n256", (128, 256, 256, 512), (3,), 256, 4),
         ("vq_f16", (128, 128, 256, 256, 512), (4,), 16384, 8),
-    ):
-        down = ["AttnDownEncoderBlock2D" if i in attention else "DownEncoderBlock2D" for i in range(len(widths))]
-        up = ["AttnUpDecoderBlock2D" if i in attention else "UpDecoderBlock2D" for i in range(len(widths))][::-1]
-        with torch.device("meta"):
-            network = config.build(
-                OmegaConf.load(ROOT / "configs/model/autoencoder" / f"{name}.yaml")
-                if name == "vq_f4"
-                else composed(name)
-            )
-            peer = VQModel(down_block_types=down, up_block_types=up, block_out_channels=widths, layers_per_block=2,
-                           latent_channels=z, num_vq_embeddings=codes, vq_embed_dim=z)  # fmt: skip
-        assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in peer.parameters())
-
-
-def composed(name: str):
-    from test_config import composed
-
-    return composed("train", "model=autoencoder", f"model/autoencoder={name}", "name=x", "trainer.max_steps=1",
-                    "data.shards=a", "data.val_shards=b", "data.side=32", "data.batch_size=4").model.autoencoder  # fmt: skip
+    ],
+)
+def test_the_zoo_s_parameter_counts_equal_diffusers_of_the_same_structure(
+    name: str, widths: tuple[int, ...], attention: tuple[int, ...], codes: int, z: int
+):
+    kinds = ["Attn" * (i in attention) for i in range(len(widths))]
+    data = ["name=x", "trainer.max_steps=1", "data.shards=a", "data.val_shards=b", "data.side=32", "data.batch_size=4"]
+    cfg = composed("train", "model=autoencoder", f"model/autoencoder={name}", *data)
+    with torch.device("meta"):
+        network = config.build(cfg.model.autoencoder)
+        peer = VQModel(
+            down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds], block_out_channels=widths,
+            up_block_types=[f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]], layers_per_block=2, latent_channels=z,
+            num_vq_embeddings=codes, vq_embed_dim=z,
+        )  # fmt: skip
+    assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in peer.parameters())
 
 
 def test_what_training_decodes_is_what_decoding_the_latents_gives():

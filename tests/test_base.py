@@ -1,6 +1,8 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from tiny import adam
 from torch import nn
@@ -92,3 +94,41 @@ def test_the_optimizer_is_a_factory():
     module = Module()
     module.optimizer_factory = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
     assert isinstance(module.configure_optimizers()["optimizer"], torch.optim.SGD)
+
+
+class Line(TrainingModule):
+    """loss = <weight, batch>: the gradient is the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(partial(torch.optim.AdamW, lr=0.1, fused=True), Warmup(1), seed=0)
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.seen: list[torch.Tensor] = []
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return (self.weight * batch).sum()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.seen.append(self.weight.grad.norm())
+
+
+def fit(precision: str) -> Line:
+    module = Line()
+    trainer = pl.Trainer(
+        accelerator="cpu", precision=precision, gradient_clip_val=0.5, max_steps=1, logger=False, barebones=True
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([torch.tensor([3.0, 4.0])], batch_size=None))
+    return module
+
+
+def test_a_fused_optimizer_is_clipped_under_bf16():
+    """Which Lightning's own clipping refuses."""
+    module = fit("bf16-mixed")
+    assert module.seen == [5.0]
+    torch.testing.assert_close(module.weight.grad.norm(), torch.tensor(0.5))
+
+
+def test_scaled_gradients_are_not_clipped():
+    module = Line()
+    module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
+    with pytest.raises(UserError, match="16-mixed cannot clip gradients: use bf16-mixed"):
+        module.configure_gradient_clipping(None, 1.0)

@@ -3,6 +3,7 @@ import re
 import pytest
 import torch
 from omegaconf import OmegaConf
+from test_config import composed
 from tiny import ROOT, autoencoder
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
@@ -22,6 +23,45 @@ def test_kl_f8_has_stable_diffusion_s_parameter_count():
     assert sum(p.numel() for p in network.parameters()) == 83_653_863
     assert network.factor == 8
     assert network.latent_shape(256) == (4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "attention", "z"),
+    [
+        ("kl_f4", (128, 256, 512), (), 3),
+        ("kl_f8_z16", (128, 256, 512, 512), (), 16),
+        ("kl_f16", (128, 128, 256, 256, 512), (4,), 16),
+        ("kl_f32", (128, 128, 256, 256, 512, 512), (4, 5), 64),
+    ],
+)
+def test_the_zoo_s_parameter_counts_equal_diffusers_of_the_same_structure(
+    name: str, widths: tuple[int, ...], attention: tuple[int, ...], z: int
+):
+    from diffusers import AutoencoderKL as Peer
+
+    kinds = ["Attn" * (i in attention) for i in range(len(widths))]
+    data = ["name=x", "trainer.max_steps=1", "data.shards=a", "data.val_shards=b", "data.side=32", "data.batch_size=4"]
+    cfg = composed("train", "model=autoencoder", f"model/autoencoder={name}", *data)
+    with torch.device("meta"):
+        network = config.build(cfg.model.autoencoder)
+        peer = Peer(
+            down_block_types=[f"{kind}DownEncoderBlock2D" for kind in kinds], block_out_channels=widths,
+            up_block_types=[f"{kind}UpDecoderBlock2D" for kind in kinds[::-1]], layers_per_block=2, latent_channels=z,
+        )  # fmt: skip
+    assert sum(p.numel() for p in network.parameters()) == sum(p.numel() for p in peer.parameters())
+    assert network.factor == 2 ** (len(widths) - 1)
+
+
+def test_checkpointing_gives_equal_gradients():
+    images = normal(1, 3, 8, 8).clamp(-1, 1)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = AutoencoderKL(2, 4, [1, 2], blocks=1, groups=2, checkpointing=checkpointing)
+        network.decode(network.encode(images).mean).square().mean().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
 
 
 def our_key(key: str, levels: int) -> str:

@@ -22,21 +22,21 @@ from ldm.data.writer import ShardWriter
 from ldm.errors import UserError
 
 COLORS = {
-    "red": (215, 25, 25),
-    "orange": (255, 130, 0),
-    "yellow": (255, 235, 30),
+    "red": (205, 15, 40),
+    "orange": (250, 115, 0),
+    "yellow": (250, 250, 60),
     "green": (20, 185, 50),
     "cyan": (0, 220, 230),
-    "blue": (20, 40, 220),
-    "purple": (145, 10, 180),
-    "pink": (255, 140, 200),
+    "blue": (10, 50, 225),
+    "purple": (160, 0, 190),
+    "pink": (255, 150, 205),
 }
 BACKGROUNDS = {"black": (10, 10, 10), "white": (248, 248, 248), "gray": (128, 128, 128)}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = ("small", "large")
 POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-RADII = {1: {"small": 0.19, "large": 0.275}, 2: {"small": 0.165, "large": 0.215}}  # by shapes; over the picture's side
+RADII = {1: {"small": 0.2, "large": 0.285}, 2: {"small": 0.165, "large": 0.215}}  # by shapes; over the picture's side
 CENTERS = (0.32, 0.5, 0.68)  # of the 3 x 3 positions; of two shapes: 0.24 and 0.76
 
 # shown to no training picture: whether a model composes what it has seen apart
