@@ -15,8 +15,10 @@ demo: .venv/installed
 	@echo "== 4/4  evaluation: python evaluate.py checkpoint=runs/demo n=384 'sweep.guidance=$(SWEEP)'"
 	@$(BIN)/python evaluate.py checkpoint=runs/demo n=384 'sweep.guidance=$(SWEEP)'
 
+PYTEST_ARGS ?= -m "not slow"
+
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,40 +1,140 @@
-"""Score a run: its own config and averaged weights, its validation captions, one result per guidance scale."""
+"""Score a run: its own config and averaged weights, its validation captions, one result for each setting of a sweep."""
 
+import os
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ldm import config
 
+if TYPE_CHECKING:
+    from ldm.evaluation.scoring import Reference, Result, Round
+    from ldm.training.base import TrainingModule
 
-@config.entry_point("evaluate", prepare=config.register_run)
-def main(cfg: DictConfig) -> None:
+
+def prepare(argv: list[str]) -> None:
+    """A protocol's choices replace the run's own whole, as those of the command line do."""
+    name = dict(argument.partition("=")[::2] for argument in argv).get("protocol")
+    path = config.CONFIGS / "protocol" / f"{name}.yaml"
+    chosen = OmegaConf.load(path).defaults if path.is_file() else []
+    groups = [(key.split("/", 1)[1], value) for entry in chosen for key, value in entry.items()]
+    config.register_run([*(f"{group}={value}" for group, value in groups), *argv])
+
+
+def load(cfg: DictConfig, ema: float | str | None) -> tuple["TrainingModule", int]:
     import torch
 
+    module, step = config.load_run(cfg.checkpoint) if ema is None else config.load_run(cfg.checkpoint, ema)
+    cuda = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return module.to(cuda if torch.cuda.is_available() else "cpu"), step
+
+
+def rounds(
+    cfg: DictConfig, module: "TrainingModule", step: int, reference: "Reference", floor: "Reference | None"
+) -> Iterator["Round"]:
+    """Real pictures where there are others, reconstructions, and each setting of the sweep; one module at a time."""
+    from ldm.evaluation.scoring import Round
+    from ldm.training.base import digest
+    from ldm.training.ema import trainable
+
+    if floor is not None:
+        others = floor.protocol()
+        real = {"made": "real", "others": {name: others[name] for name in ("captions", "reference")}}
+        yield Round("real", lambda _, index: floor.images[index].float() / 127.5 - 1, real, captions=floor.captions)
+    weights = digest(trainable(module))[:16]
+    if reference.images is not None:
+        yield Round(
+            "reconstruction", partial(module.reconstruct, reference.images), {"made": "reconstruction"}, weights
+        )
+    if not hasattr(module, "sample"):
+        return
+    sweep = cfg.sweep
+    first = (sweep.ema or [cfg.ema])[0]
+    for ema, steps, scale in product(
+        sweep.ema or [cfg.ema], sweep.steps or [cfg.sampling.steps], sweep.guidance or [cfg.sampling.guidance.scale]
+    ):
+        if ema != first:
+            module, step = load(cfg, ema)
+            weights, first = digest(trainable(module))[:16], ema
+        cfg.sampling.guidance.scale, cfg.sampling.steps = scale, steps
+        made = {"side": cfg.data.side, "seed": cfg.seed, "negative": cfg.negative}
+        how = {
+            "weights": "ema" if ema is None else f"average {ema}, step {step}",
+            "dtype": str(module.dtype).removeprefix("torch."),
+        }
+        values = {"guidance": scale, "steps": steps, "ema": ema}
+        swept = {name: value for name, value in values.items() if sweep[name]}
+        named = {"guidance": f"{scale:g}"} | {name: value for name, value in swept.items() if name != "guidance"}
+        label = " ".join(f"{name} {value}" for name, value in named.items())
+        protocol = {
+            "sampling": config.plain(cfg.sampling),
+            **made,
+            **how,
+            "noise": "keyed by (seed, index of the caption)",
+        }
+        yield Round(label, partial(module.sample, config.build(cfg.sampling), **made), protocol, weights, swept)
+
+
+def log(cfg: DictConfig, results: list["Result"], step: int) -> None:
+    """Into the run's own W&B run, if it has one: every score under its protocol, one table, the curve."""
+    node = config.run_config(cfg.checkpoint).get("logger")
+    if not (cfg.log and node and results):
+        return
+    node.run_dir = cfg.checkpoint
+    logger = config.build(node)
+    for result in results:
+        logger.log_metrics(result.logged(), step=step)
+    names = list(dict.fromkeys(name for result in results for name in result.metrics))
+    rows = [[result.label, result.protocol["id"], *(result.metrics.get(name) for name in names)] for result in results]
+    logger.log_table("evaluation/table", columns=["round", "protocol", *names], data=rows)
+    for name in ("curve", "grid"):
+        if (picture := results[-1].folder / f"{name}.png").exists():
+            logger.log_image(f"evaluation/{name}", [str(picture)])
+
+
+@config.entry_point("evaluate", prepare=prepare)
+def main(cfg: DictConfig) -> None:
+    from torch import distributed
+
+    from ldm.evaluation.generate import Ranks
+    from ldm.evaluation.metrics import FeatureMetrics
     from ldm.evaluation.reconstruction import LatentStatistics
-    from ldm.evaluation.scoring import Reference, Round, evaluate
+    from ldm.evaluation.scoring import Reference, evaluate
     from ldm.training.autoencoder import AutoencoderModule
 
-    module, step = config.load_run(cfg.checkpoint)
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
-    cfg.data.val_samples = cfg.n
-    reference = Reference.read(config.build(cfg.data).val.batches(cfg.batch_size), cfg.n)
-
-    rounds = [Round("reconstruction", partial(module.reconstruct, reference.images), {"reconstruction": True})]
-    extra = []
+    ranks = Ranks.of_environment()
+    if ranks.world > 1:
+        distributed.init_process_group("gloo")
+    module, step = load(cfg, (cfg.sweep.ema or [cfg.ema])[0])
+    metrics = config.build_each(cfg.metrics)
+    pretrained = [
+        metric for metric in metrics if isinstance(metric, FeatureMetrics) and [*metric.features.parameters()]
+    ]
+    for metric in pretrained:
+        metric.features.to(module.device)
     if isinstance(module, AutoencoderModule):
-        extra.append(LatentStatistics(module.autoencoder.encode))
-    for scale in cfg.sweep.guidance or [cfg.sampling.guidance.scale] if not extra else ():
-        cfg.sampling.guidance.scale = scale
-        made = {"side": cfg.data.side, "seed": cfg.seed, "negative": cfg.negative}
-        sample = partial(module.sample, config.build(cfg.sampling), **made)
-        protocol = {"sampling": config.plain(cfg.sampling), **made, "weights": "ema"}
-        rounds.append(Round(f"guidance {scale:g}", sample, protocol))
-    folder = Path(cfg.checkpoint) / "evaluation"
-    evaluate(
-        rounds, reference, lambda: config.build_each(cfg.metrics) + extra, folder, step, cfg.batch_size, cfg.pictures
-    )
+        metrics.append(LatentStatistics(lambda images: module.autoencoder.encode(images.to(module.device))))
+
+    cfg.data.val_samples, floor = cfg.n, None
+    if cfg.prompts is not None:
+        reference = Reference.of_prompts(Path(cfg.prompts), cfg.n)
+    else:
+        data = config.build(cfg.data)
+        reference = Reference.read(data.val.batches(cfg.batch_size), cfg.n)
+        if pretrained if cfg.floor is None else cfg.floor:
+            cfg.data.val_shards, cfg.data.val_samples = data.sources[0].paths, len(reference.captions)
+            floor = Reference.read(config.build(cfg.data).val.batches(cfg.batch_size), len(reference.captions))
+    results = evaluate(
+        rounds(cfg, module, step, reference, floor), reference, metrics, Path(cfg.checkpoint) / "evaluation", step,
+        cfg.batch_size, cfg.pictures, ranks, Path(cfg.reference_cache),
+    )  # fmt: skip
+    log(cfg, results, step)
+    if ranks.world > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
     decode = DecodeSample(32, random_crop=True, random_flip=True, filters={"length": CaptionLength(0, args.longest)})
     data = ShardDataModule(
         args.shards, args.val_shards, 32, decode, args.batch_size, args.steps, 0, 8, run_dir=args.run_dir, val_samples=8,
-        num_workers=args.workers, max_streams=4, shuffle=64, log_keys=True,
+        num_workers=args.workers, max_streams=8, shuffle=64, log_keys=True,
     )  # fmt: skip
     folder = Path(args.run_dir)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -162,6 +162,47 @@ def pack(
 
 
 @app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    out: Annotated[Path, typer.Option(help="Folder for the PNGs.")] = Path("samples"),
+    negative: Annotated[str, typer.Option(help="A prompt to lead away from.")] = "",
+    count: Annotated[int, typer.Option(min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Picture i is a function of the seed, i and the rest alone.")] = 0,
+    side: Annotated[int | None, typer.Option(help="Pixels.", show_default="the run's")] = None,
+    steps: Annotated[int | None, typer.Option(show_default="the run's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale.", show_default="the run's")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="One of configs/sampling/solver.", show_default="the run's")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    strength: Annotated[float, typer.Option(help="Share of the steps taken from it.")] = 0.7,
+    mask: Annotated[Path | None, typer.Option(help="With --init: white where to paint, black where to keep.")] = None,
+) -> None:
+    """Draw pictures for a prompt: `ldm sample runs/demo "a small red star on black" --guidance 1.5`.
+
+    Every PNG holds the parameters that made it.
+    """
+    from ldm import config
+
+    cfg = config.run_config(run)
+    if solver:
+        cfg.sampling.solver = config.option("sampling/solver", solver)
+    import torch
+
+    from ldm.training import drawing
+
+    module, step = config.load_run(run)
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = drawing.changed(config.build(cfg.sampling), guidance, steps)
+    request = drawing.Request(prompt, side or cfg.data.side, negative, count, 0, seed, init, strength, mask)
+    told = {"run": str(run), "step": step, "sampling": repr(sampling)}
+    told |= {name: str(value) if isinstance(value, Path) else value for name, value in vars(request).items()}
+    for path in drawing.save(drawing.draw(module, sampling, request), out, f"seed{seed}", 0, told):
+        typer.echo(path)
+
+
+@app.command()
 def fetch(
     what: Annotated[
         str,
@@ -217,6 +258,24 @@ def export(
 
     exporting.export(run, out, to, weights, dtype)
     typer.echo(f"{out}: written, read back, and the same")
+
+
+@app.command()
+def ema(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run trained with callbacks=[latent_diffusion,power_ema].")
+    ],
+    length: Annotated[float, typer.Option(help="Of the average, over the length of training: EDM2's sigma_rel.")],
+    at: Annotated[
+        int | None, typer.Option(metavar="STEP", help="A step with a snapshot.", show_default="the last")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", show_default="RUN/ema/length_...")] = None,
+) -> None:
+    """Reconstruct a run's average of any length, for evaluate.py checkpoint=RUN ema=FILE."""
+    from ldm.training import power_ema
+
+    path, made = power_ema.save(run, length, at, out)
+    typer.echo(f"{path}: step {made.step}, from {made.sources} averages, {made.error:.2%} off the length's own weights")
 
 
 def _told(report: dict[str, Any], where: str) -> None:

@@ -35,7 +35,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ALLOWED_TARGETS = ("ldm.", "pytorch_lightning.", "torch.nn.", "torch.optim.", "torchmetrics.")
 HIGHER_IS_BETTER = ("psnr", "ssim", "usage", "perplexity")  # of a first stage's measures; the others are distances
 # what one run may change between its sessions: where and how it runs, not what it learns from
-FREE = ("trainer.", "callbacks.", "logger.", "data.num_workers.", "data.cache.", "data.budget.", "data.log_keys.")
+FREE = ("trainer.", "callbacks.", "logger.", "resume.", "data.num_workers.", "data.cache.", "data.budget.",
+        "data.log_keys.")  # fmt: skip
 
 
 def entry_point(
@@ -227,17 +228,26 @@ def _weights(run: str | Path, command: str) -> dict[str, Any]:
     return checkpointing.read(path)
 
 
-def load_run(run: str | Path) -> tuple["TrainingModule", int]:
-    """A run's module under its averaged weights, in evaluation mode, and the step they are from."""
-    from ldm.training import ema
+def load_run(run: str | Path, ema: float | str | None = None) -> tuple["TrainingModule", int]:
+    """A run's module under its averaged weights, in evaluation mode, and the step they are from.
+
+    Args:
+        ema: None: the classical average; "raw": none; else see power_ema.chosen.
+    """
+    from ldm.training import power_ema
+    from ldm.training.ema import load
 
     cfg = run_config(run)
     checkpoint = _weights(run, f"python train.py name={Path(run).name} ...")
     module = build(cfg.model)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    ema.load(module, checkpoint["ema"]["weights"])
-    return module.eval(), checkpoint["global_step"]
+    weights, step = checkpoint["ema"]["weights"], checkpoint["global_step"]
+    if ema not in (None, "raw"):
+        weights, step = power_ema.chosen(run, ema, step)
+    if ema != "raw":
+        load(module, weights)
+    return module.eval(), step
 
 
 def denoiser(run: str) -> "Denoiser":
@@ -325,6 +335,19 @@ def _refuse_worse(run: str, require: dict[str, float], measured: dict[str, float
             )
 
 
+def option(group: str, name: str, otherwise: str = "") -> DictConfig:
+    """configs/<group>/<name>.yaml, as it is written. Raises UserError for one that is not there: `otherwise`, and the nearest."""
+    names = [path.stem for path in (CONFIGS / group).glob("*.yaml")]
+    if name not in names:
+        raise UserError(f"{otherwise or f'there is no {group}={name}'}{_nearest(name, names)}")
+    return OmegaConf.load(CONFIGS / group / f"{name}.yaml")
+
+
+def averaged_weights(run: str | Path) -> dict[str, Any]:
+    """name -> tensor of everything that a run trains."""
+    return _weights(run, f"python train.py name={Path(run).name} ...")["ema"]["weights"]
+
+
 def text_encoder(source: str) -> "nn.Module":
     """A frozen text encoder.
 
@@ -336,10 +359,7 @@ def text_encoder(source: str) -> "nn.Module":
     """
     if (Path(source) / "config.yaml").is_file():
         return load_run(source)[0].conditioner.encoder.requires_grad_(False)
-    names = [path.stem for path in (CONFIGS / "model" / "conditioner").glob("*.yaml")]
-    if source not in names:
-        raise UserError(f"text encoder {source!r} is no run's directory and no conditioner{_nearest(source, names)}")
-    node = OmegaConf.load(CONFIGS / "model" / "conditioner" / f"{source}.yaml")
+    node = option("model/conditioner", source, f"text encoder {source!r} is no run's directory and no conditioner")
     encoder = build(node.get("first", node).encoder)
     if any(p.requires_grad for p in encoder.parameters()):
         raise UserError(

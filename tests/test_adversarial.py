@@ -66,7 +66,7 @@ def test_the_gradient_penalty():
     weight = adversary.discriminator.weight
     (_, discriminator, logs), *_ = terms(adversary)
     torch.testing.assert_close(logs["train/r1"], weight.detach().square().sum())
-    (without, plain, _), *_ = terms(Adversary(adversary.discriminator, Hinge(), start=0))
+    (_, plain, _), *_ = terms(Adversary(adversary.discriminator, Hinge(), start=0))
     torch.testing.assert_close(discriminator - plain, weight.square().sum())
     assert (discriminator - plain).requires_grad
 

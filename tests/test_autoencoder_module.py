@@ -143,7 +143,7 @@ def test_neither_adversary_s_loss_reaches_the_other_s_weights():
     nets = dict(both.adversary.discriminator.named_parameters())
     logits = both.adversary.discriminator(fake)
     terms = both.loss(fake, images).loss + 1e-6 / images[0].numel() * coded.penalty.mean() - logits.mean()
-    ours = {k: p for k, p in both.autoencoder.named_parameters()}
+    ours = dict(both.autoencoder.named_parameters())
     for (name, _), slope in zip(ours.items(), torch.autograd.grad(terms, list(ours.values())), strict=True):
         torch.testing.assert_close(got[f"autoencoder.{name}"], slope, rtol=1e-3, atol=1e-6)
     judged = Hinge().discriminator(both.adversary.discriminator(images), both.adversary.discriminator(fake.detach()))

@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
-from tiny import batch, latent_diffusion
+from tiny import batch, latent_diffusion, silent
 
 from ldm.batch import Batch, to_uint8
 from ldm.data.accounts import Tally
-from ldm.training.callbacks import DataPosition, Pictures, ReconstructionGrid, SampleGrid
+from ldm.evaluation.features import PooledPixels
+from ldm.evaluation.metrics import FrechetDistance
+from ldm.training.callbacks import DataPosition, GenerationScores, Pictures, ReconstructionGrid, SampleGrid
 
 
 def trainer(**changes: object) -> SimpleNamespace:
@@ -105,3 +107,23 @@ def test_a_wandb_logger_gets_the_picture(tmp_path: Path):
     callback = ReconstructionGrid(str(tmp_path), count=2, columns=2)
     validate(callback, trainer(loggers=[Fake()]), Halves(), [batch(2)])
     assert logged == [("val/samples", ["RGB"])]
+
+
+def test_a_few_samples_are_scored_at_each_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)  # of all ranks only the first has pictures
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    module = latent_diffusion()
+    logged = silent(module)
+    metrics = {"a": FrechetDistance(PooledPixels(1)), "b": None}
+    callback = GenerationScores(str(tmp_path), 5, sampling, 7, metrics)
+    parts = [batch(4), batch(4, start=4)]
+    expected = FrechetDistance(PooledPixels(1))
+    for part in (batch(4), batch(1, start=4)):
+        images = to_uint8(module.sample(sampling, part["caption"], part["index"], side=8, seed=7))
+        expected.update(images, part["caption"], part["image"])
+    expected.distributed_available_fn = lambda: False
+    for step in (10, 20):
+        logged.clear()
+        validate(callback, trainer(global_step=step), module, parts)
+        assert logged == {"val/frechet/pixels1": pytest.approx(expected.compute()["frechet/pixels1"], rel=1e-6)}
+    assert list(tmp_path.iterdir()) == []

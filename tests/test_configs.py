@@ -30,7 +30,18 @@ CACHED = {  # options that read a latent cache, and what they require
     "cached_text": "model.conditioner.encoder.folder",
 }
 # whose weights have to be fetched: test_text_pretrained and test_conditioners build them with tiny networks
-FETCHED = {"clip_l", "openclip_h", "sdxl", "sd3", "t5_xxl", "sd2_inpaint", "sd2_depth", "x4_upscaler"}
+FETCHED = {
+    "clip_l",
+    "openclip_h",
+    "sdxl",
+    "sd3",
+    "t5_xxl",
+    "sd2_inpaint",
+    "sd2_depth",
+    "x4_upscaler",
+    "inception",
+    "dinov2",
+}
 OF_AUTOENCODERS = ("model/autoencoder", "model/adversary", "model/loss/perceptual")
 FILTER_NEEDS = {"caption_words": "words", "duplicates": "path"}
 
@@ -42,7 +53,11 @@ def built(node: DictConfig, **objects: Any) -> Any:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in OPTIONS if path.stem not in {*CACHED, *FETCHED} and path.parts[0] != "experiment"],
+    [
+        path
+        for path in OPTIONS
+        if path.stem not in {*CACHED, *FETCHED} and path.parts[0] not in ("experiment", "protocol")
+    ],
     ids=str,
 )
 def test_every_option_is_composed_and_built(path: Path, tmp_path: Path):

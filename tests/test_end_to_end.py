@@ -239,11 +239,6 @@ def test_evaluation_scores_the_run(runs: Runs, capsys: pytest.CaptureFixture[str
         assert result["metrics"] == pytest.approx(json.loads(before[name])["metrics"], rel=1e-2, abs=1e-4)
 
 
-def test_an_autoencoder_is_not_sampled(runs: Runs, capsys: pytest.CaptureFixture[str]):
-    assert here("evaluate.py", f"checkpoint={runs.folder}/autoencoder") == 2
-    assert "is an autoencoder's run: its scores are in" in capsys.readouterr().err
-
-
 def test_wandb_offline_continues_its_run(runs: Runs):
     run_dir = runs.folder / "logged"
     for steps in (1, 2):

@@ -1,9 +1,16 @@
 import json
 import os
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import wandb
+from PIL import Image
 
 from ldm.training.loggers import JsonlLogger, wandb_logger
 
@@ -44,12 +51,24 @@ def test_resume_without_a_log_does_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def options(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"run_dir": str(folder), "batch_size": 8, "project": "ldm", "name": "tiny"} | more
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What W&B's own reader finds in the newest offline run."""
+    run = max(folder.glob("wandb/offline-run-*"))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    got = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return [json.loads(line) for line in got.stdout.splitlines()]
+
+
 def test_an_offline_wandb_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")  # the logger sets it too; this has it put back
     ids = []
     for step in (1, 2):
-        logger = wandb_logger(str(tmp_path), "ldm", "tiny")
+        logger = wandb_logger(**options(tmp_path))
         logger.log_hyperparams({"lr": 0.5})
         logger.log_metrics({"train/loss": 0.25}, step)
         assert logger.experiment.settings._offline
@@ -60,6 +79,50 @@ def test_an_offline_wandb_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.M
     files = list(tmp_path.glob(f"wandb/offline-run-*/run-{ids[0]}.wandb"))
     assert files
     assert all(file.stat().st_size for file in files)
+
+
+def test_an_offline_run_s_own_file_has_config_history_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Read back by W&B's own reader: what `wandb sync` will upload."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    more = {"group": "demo", "job_type": "train", "tags": ["a", "b"]}
+    logger = wandb_logger(**options(tmp_path, **more))
+    logger.log_hyperparams({"model": {"backbone": {"channels": 32}}})
+    logger.log_metrics({"train/loss": 0.5}, 9)
+    logger.log_image("val/samples", [Image.new("RGB", (4, 4), (255, 0, 0))], step=9)
+    logger.experiment.finish()
+    found = records(tmp_path)
+    text = json.dumps(found)
+    for each in ("channels", "demo", "val/samples", "media/images", '"a"', '"b"'):
+        assert each in text
+    history = [row for row in found if row.get("type") == "history"]
+    assert any("samples_seen" in json.dumps(row) and "80" in json.dumps(row) for row in history)
+    picture = next(tmp_path.glob("wandb/offline-run-*/files/media/images/val/samples_*.png"))
+    assert Image.open(picture).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.fixture
+def blackhole() -> Iterator[str]:
+    """A server that takes every connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_r10_a_server_that_never_answers_costs_seconds_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], blackhole: str
+):
+    for name, value in {"WANDB_BASE_URL": blackhole, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", "WANDB_SILENT": "true",
+                        "HOME": str(tmp_path), "NETRC": os.devnull}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # it has read the environment
+    begin = time.monotonic()
+    logger = wandb_logger(**options(tmp_path, timeout=2.0))
+    logger.log_metrics({"train/loss": 0.5}, 0)
+    assert "W&B does not answer" in capsys.readouterr().out
+    logger.experiment.finish()
+    assert time.monotonic() - begin < 20
+    assert "train/loss" in json.dumps(records(tmp_path))
+    wandb.teardown()
 
 
 @pytest.mark.parametrize(("key", "listening"), [(None, True), ("0" * 40, True), ("0" * 40, False)])
@@ -76,5 +139,5 @@ def test_offline_unless_there_are_a_key_and_a_server(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         if not listening:
             server.close()
-        logger = wandb_logger(str(tmp_path), "ldm", "tiny")  # nothing is sent before a log
+        logger = wandb_logger(**options(tmp_path))  # nothing is sent before a log
     assert logger._offline is not (key is not None and listening)

@@ -1,61 +1,16 @@
+import warnings
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor
 
 from ldm.data import shapes
 from ldm.errors import UserError
-from ldm.evaluation.features import PooledPixels
-from ldm.evaluation.metrics import CaptionAccuracy, FrechetDistance, frechet_distance
-
-
-def features(n: int, width: int, seed: int) -> Tensor:
-    """Correlated, away from the origin."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
-    return torch.randn(n, width, generator=generator, dtype=torch.float64) @ mix + seed
-
-
-def by_definition(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) with scipy's matrix square root."""
-    cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
-    root = sqrtm(cov_a @ cov_b).real
-    return float((a.mean(0) - b.mean(0)).square().sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root))
-
-
-@pytest.mark.parametrize(("n", "m", "width"), [(200, 300, 8), (60, 50, 32), (500, 500, 1)])
-def test_frechet_equals_the_definition(n: int, m: int, width: int):
-    a, b = features(n, width, 0), features(m, width, 1)
-    by_hand = float((a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2)
-    expected = by_hand if width == 1 else by_definition(a, b)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_of_fewer_rows_than_features():
-    """Rank-deficient covariances: compared with the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which eigh finds exactly."""
-    a, b = features(10, 32, 0), features(7, 32, 1)
-    cov_a, cov_b = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(1e-9)).sum()
-    expected = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(("n", "width"), [(100, 16), (10, 48), (300, 48)])
-def test_frechet_of_a_set_with_itself_is_zero(n: int, width: int):
-    a = features(n, width, 0) * 0.1
-    assert abs(frechet_distance(a, a)) < 1e-6
-    assert abs(frechet_distance(a.float(), a.float()[torch.randperm(n)])) < 1e-6
-
-
-def test_frechet_refuses_what_has_no_covariance():
-    with pytest.raises(UserError, match=r"\(1, 4\) and \(9, 4\); give at least two rows each"):
-        frechet_distance(torch.zeros(1, 4), torch.zeros(9, 4))
-    with pytest.raises(UserError, match="of the same width"):
-        frechet_distance(torch.zeros(5, 4), torch.zeros(5, 3))
+from ldm.evaluation.features import FeatureNetwork, PooledPixels, area
+from ldm.evaluation.measures import clip_score, frechet, inception_score, kernel_distance
+from ldm.evaluation.metrics import CaptionAccuracy, FeatureMetrics, FrechetDistance, frechet_distance
 
 
 def pictures(n: int, seed: int) -> Tensor:
@@ -68,7 +23,71 @@ def test_the_frechet_metric_does_not_depend_on_batches(sizes: list[int]):
     metric = FrechetDistance(network)
     for part, reference in zip(a.split(sizes), b.split(sizes), strict=True):
         metric.update(part, [""] * len(part), reference)
-    assert metric.compute() == {"frechet/pixels2": pytest.approx(frechet_distance(network(a), network(b)))}
+    assert metric.compute() == {"frechet/pixels2": pytest.approx(frechet_distance(network(a), network(b)), rel=1e-9)}
+
+
+class Reader(FeatureNetwork):
+    """Sees mean colors, reads lengths, and counts what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__("reader", 1, area)
+        self.seen = 0
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        self.seen += len(pixels)
+        return pixels.flatten(1) / 255 + 0.1
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        return torch.tensor([[float(len(caption)), 1.0, 2.0] for caption in captions])
+
+    def logits(self, features: Tensor) -> Tensor:
+        return features * 9
+
+
+def fed(metric: FeatureMetrics, n: int = 24, sizes: int = 5) -> dict[str, float]:
+    a, b, captions = pictures(n, 0), pictures(n, 1), ["x" * (1 + i % 4) for i in range(n)]
+    for i in range(0, n, sizes):
+        metric.update(a[i : i + sizes], captions[i : i + sizes], b[i : i + sizes])
+    return metric.compute()
+
+
+def test_measures_share_features_that_are_computed_once_a_picture():
+    metric = FeatureMetrics(Reader(), [frechet, kernel_distance, inception_score, clip_score])
+    first = fed(metric)
+    assert {name.partition("/")[0] for name in first} == {
+        "frechet", "kid", "inception_score", "clip_cosine", "clip_cosine_x100",
+    }  # fmt: skip
+    assert "clip_cosine/reader/ci95" in first
+    assert metric.features.seen == 48
+    metric.reset()
+    assert fed(metric, sizes=7) == pytest.approx(first, rel=1e-9)
+    assert metric.features.seen == 48 + 24  # a second round does not look at the real pictures again
+
+
+def test_generated_and_real_pictures_must_be_as_many():
+    metric = FeatureMetrics(Reader(), [frechet])
+    metric.known = torch.zeros(23, 3)
+    with pytest.raises(UserError, match="24 generated and 23 reference pictures: scores of another n do not compare"):
+        fed(metric)
+
+
+def test_what_makes_a_distance_worthless_is_warned_of():
+    metric = FrechetDistance(PooledPixels(4))
+    with pytest.warns(UserWarning, match="24 pictures are fewer than the 48 features of pixels4"):
+        fed(metric)
+    metric = FrechetDistance(PooledPixels(1))
+    same = pictures(1, 0).expand(9, -1, -1, -1)
+    metric.update(same, [""] * 9, pictures(9, 1))
+    with pytest.warns(UserWarning, match="all 9 generated pictures look the same to pixels1"):
+        metric.compute()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fed(FrechetDistance(PooledPixels(1)))
+
+
+def test_floats_are_no_pictures():
+    with pytest.raises(UserError, match=r"uint8 pictures in 0\.\.255, these are torch.float32 in .*to_uint8"):
+        FrechetDistance(PooledPixels(1)).update(pictures(3, 0) / 255, [""] * 3, pictures(3, 1))
 
 
 def render(n: int, draw) -> tuple[Tensor, list[str]]:
@@ -117,7 +136,9 @@ def test_each_attribute_is_judged_on_its_own():
     ]
     values = accuracy(torch.stack([image] * 4), captions)
     expected = {"all": 1 / 4, "shape": 3 / 4, "color": 3 / 4, "size": 2 / 3, "position": 2 / 3, "background": 1}
-    assert values == pytest.approx({f"caption_accuracy/{name}": value for name, value in expected.items()})
+    plain = {name: value for name, value in values.items() if not name.endswith("/ci95")}
+    assert plain == pytest.approx({f"caption_accuracy/{name}": value for name, value in expected.items()})
+    assert all(0 < values[f"{name}/ci95"] < 0.5 for name in plain)
 
 
 def test_captions_of_something_else_are_refused():

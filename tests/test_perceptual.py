@@ -27,7 +27,7 @@ def pictures(seed: int) -> Tensor:
 def test_equals_torchmetrics(weights: Path):
     peer = _LPIPS(pretrained=True, net="vgg", pnet_rand=True, use_dropout=True).eval()
     state = torch.load(weights, weights_only=True)
-    slices = [s for s in (peer.net.slice1, peer.net.slice2, peer.net.slice3, peer.net.slice4, peer.net.slice5)]
+    slices = [peer.net.slice1, peer.net.slice2, peer.net.slice3, peer.net.slice4, peer.net.slice5]
     for part in slices:
         for name, layer in part.named_children():
             if hasattr(layer, "weight"):

@@ -54,7 +54,7 @@ def test_equals_diffusers():
 def test_moving_averages_find_the_clusters():
     centers = torch.tensor([[4.0, 0.0], [-4.0, 0.0], [0.0, 4.0]])
     quantizer = VectorQuantizer(3, 2, decay=0.8)
-    assert [p for p in quantizer.parameters()] == []
+    assert list(quantizer.parameters()) == []
     quantizer.embedding.weight.copy_(0.1 * centers)
     for step in range(60):
         z = centers[torch.arange(48) % 3].T.reshape(1, 2, 6, 8) + 0.1 * vectors(1, 2, 6, 8, seed=step)

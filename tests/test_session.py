@@ -60,3 +60,15 @@ def test_the_farewell_of_an_empty_run_is_silent(tmp_path: Path, capsys: pytest.C
 def test_quiet_silences_lightning_s_advice():
     session.quiet()
     assert not logging.getLogger("pytorch_lightning").isEnabledFor(logging.INFO)
+
+
+def test_a_line_is_said_once_for_all_ranks_and_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    session.say("runs/[x]: " + "long " * 60)
+    assert capsys.readouterr().out == "  runs/[x]: " + "long " * 60 + "\n"
+    monkeypatch.setattr(session.rank_zero_only, "rank", 1)
+    session.say("not from here")
+    session.complain("from any rank")
+    got = capsys.readouterr()
+    assert (got.out, got.err) == ("", "error: from any rank\n")

@@ -50,9 +50,9 @@ def test_it_is_scored(gan: Path):
 
 
 def test_stage_two_is_stopped_by_a_first_stage_that_is_not_good_enough(
-    runs: Runs,
+    runs: Runs,  # noqa: F811
     gan: Path,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ):
     def stage_two(require: str) -> str:
         demo = [f"model.first_stage.run={gan}", "trainer.max_steps=1", f"+model.first_stage.require={{{require}}}"]
@@ -87,3 +87,10 @@ def test_a_decoder_is_fine_tuned_on_latents_that_stay(runs: Runs):  # noqa: F811
     weight = "decoder.conv_in.weight"
     assert not torch.equal(first.autoencoder.state_dict()[weight], second.autoencoder.state_dict()[weight])
     assert before["ema"]["weights"].keys() > after["ema"]["weights"].keys()
+
+
+def test_a_run_starts_from_another_s_weights(runs: Runs):  # noqa: F811
+    source = runs.folder / "straight"
+    assert here("train.py", *runs.demo("continued", 1), f"init_from={source}", "model.optimizer.lr=0.0") == 0
+    before, after = newest(source)["ema"]["weights"], newest(runs.folder / "continued")["ema"]["weights"]
+    assert all(torch.equal(after[name], value) for name, value in before.items())

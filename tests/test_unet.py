@@ -133,9 +133,7 @@ def test_checkpointing_gives_the_same_gradients_from_fewer_activations():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_without_graph_breaks(checkpointing: bool):
     torch.compiler.reset()
-    network = randomized(
-        tiny_unet(vector_channels=3, coordinates=True, checkpointing=checkpointing, linear=True)
-    )
+    network = randomized(tiny_unet(vector_channels=3, coordinates=True, checkpointing=checkpointing, linear=True))
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     for side in (8, 12):
         x, steps, cond = normal(2, 4, side, 8), torch.tensor([3.0, 500.0]), conditioning(2, 6, 3)

@@ -1,18 +1,152 @@
-"""Generation for evaluation: a picture is a function of its caption, its index and the seed alone."""
+"""Generation for evaluation: a picture is a function of its caption, its index and the seed alone.
 
+What is finished is kept, in shards of PNGs and captions, so that a stopped evaluation goes on and another one measures the
+same pictures. Ranks share the shards out; nothing is padded.
+"""
+
+import io
+import json
+import os
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.batch import to_uint8
+from ldm.errors import UserError
 
 Sample = Callable[[list[str], Tensor], Tensor]  # captions, index (B,) -> images (B, 3, H, W) in [-1, 1]
+SHARD = 16  # pictures of a shard; a stop loses these or a batch
 
 
-def generate(sample: Sample, captions: Sequence[str], batch_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (which captions, their pictures (B, 3, H, W) uint8 on the CPU), in order."""
-    for start in range(0, len(captions), batch_size):
-        rows = slice(start, min(start + batch_size, len(captions)))
-        images = sample(list(captions[rows]), torch.arange(rows.start, rows.stop))
-        yield rows, to_uint8(images).cpu()
+class Ranks(NamedTuple):
+    """Which of how many processes this is: torchrun's and srun's RANK and WORLD_SIZE."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Ranks":
+        return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))))
+
+    def share(self, n: int) -> range:
+        """This rank's of n things: consecutive, so that the ranks' results joined in order are in order.
+
+        Raises:
+            UserError: a rank would have none.
+        """
+        if n < self.world:
+            raise UserError(
+                f"{n} shards of {SHARD} pictures are too few for {self.world} ranks; use fewer, or a larger n"
+            )
+        return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+
+SINGLE = Ranks()
+
+
+def shards(n: int) -> int:
+    return -(-n // SHARD)
+
+
+def rows_of(shard: int, n: int) -> slice:
+    return slice(shard * SHARD, min((shard + 1) * SHARD, n))
+
+
+def generate(
+    sample: Sample, captions: Sequence[str], batch_size: int, folder: Path, ranks: Ranks = SINGLE
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (which captions, their pictures (B, 3, H, W) uint8 on the CPU), in order: this rank's share.
+
+    Args:
+        batch_size: pictures made together.
+        folder: where the shards are kept, 00000.tar ...; those that are there are read, not made again.
+
+    Raises:
+        UserError: there are no captions, or pictures that are not finite.
+    """
+    if not captions:
+        raise UserError("there are no captions to generate for: the list is empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    todo: list[int] = []  # missing shards in a row, as many as make a batch
+    for shard in ranks.share(shards(len(captions))):
+        path = folder / f"{shard:05d}.tar"
+        if not path.exists():
+            todo.append(shard)
+            if len(todo) * SHARD >= batch_size:
+                yield from _made(sample, captions, batch_size, folder, todo)
+                todo = []
+            continue
+        yield from _made(sample, captions, batch_size, folder, todo)
+        todo = []
+        rows, images = rows_of(shard, len(captions)), _read(path)
+        assert len(images) == rows.stop - rows.start, f"{path} holds {len(images)} pictures"
+        yield rows, images
+    yield from _made(sample, captions, batch_size, folder, todo)
+
+
+def stamp(folder: Path, weights: str) -> None:
+    """Notes whose weights made a folder's pictures. Raises UserError when they were others': they would mix."""
+    path = folder / "made_by.json"
+    if path.exists() and (before := json.loads(path.read_text())["weights"]) != weights:
+        raise UserError(
+            f"the pictures in {folder} are those of weights {before}, the run now has {weights}: delete {folder.parent}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".partial{os.getpid()}")
+    aside.write_text(json.dumps({"weights": weights}) + "\n")
+    aside.rename(path)
+
+
+def _made(
+    sample: Sample, captions: Sequence[str], batch_size: int, folder: Path, todo: Sequence[int]
+) -> Iterator[tuple[slice, Tensor]]:
+    """The pictures of shards in a row, made in batches and written."""
+    if not todo:
+        return
+    first, end = todo[0] * SHARD, rows_of(todo[-1], len(captions)).stop
+    parts = [slice(start, min(start + batch_size, end)) for start in range(first, end, batch_size)]
+    batches = [_make(sample, captions, rows) for rows in parts]
+    images = torch.cat(batches)
+    for shard in todo:
+        rows = rows_of(shard, len(captions))
+        _write(folder / f"{shard:05d}.tar", images[rows.start - first : rows.stop - first], captions[rows], rows.start)
+    yield from zip(parts, batches, strict=True)
+
+
+def _make(sample: Sample, captions: Sequence[str], rows: slice) -> Tensor:
+    images = sample(list(captions[rows]), torch.arange(rows.start, rows.stop))
+    if not torch.isfinite(images).all():
+        raise UserError(f"the pictures of captions {rows.start} to {rows.stop - 1} are not finite (NaN or infinite)")
+    return to_uint8(images).cpu()
+
+
+def _write(path: Path, images: Tensor, captions: Sequence[str], first: int) -> None:
+    """Aside and renamed: a shard that exists is whole."""
+    aside = path.with_suffix(".partial")
+    with tarfile.open(aside, "w") as tar, ThreadPoolExecutor() as pool:  # one core would take a tenth of a GPU's time
+        for i, (png, caption) in enumerate(zip(pool.map(_png, images), captions, strict=True), first):
+            for ending, data in (("png", png), ("txt", caption.encode())):
+                header = tarfile.TarInfo(f"{i:09d}.{ending}")
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    aside.rename(path)
+
+
+def _png(image: Tensor) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _read(path: Path) -> Tensor:
+    with tarfile.open(path) as tar:
+        files = [tar.extractfile(member).read() for member in tar if member.name.endswith(".png")]
+    pictures = [np.array(Image.open(io.BytesIO(data), formats=("PNG",))) for data in files]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

@@ -1,59 +1,88 @@
 """Metrics over generated pictures, their captions and the reference pictures, accumulated in one pass."""
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from ldm.data import shapes, shapes_oracle
 from ldm.errors import UserError
+from ldm.evaluation.features import FeatureNetwork
+from ldm.evaluation.measures import Features, Measure, frechet, share_of
+from ldm.evaluation.measures import frechet_distance as frechet_distance  # public from here
 
 
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Fréchet distance between the Gaussians fitted to two sets of features (Heusel et al. 2017), in float64.
-
-    features_a: (N, D), features_b: (M, D). The trace of the covariances' square root is the nuclear norm of the product of
-    the centered features: no square root of a matrix is taken, so rank-deficient covariances (N < D) are exact too.
-
-    Raises:
-        UserError: fewer than two rows, or different widths.
-    """
-    if min(len(features_a), len(features_b)) < 2 or features_a.shape[1] != features_b.shape[1]:
-        raise UserError(
-            f"frechet_distance: features are {tuple(features_a.shape)} and {tuple(features_b.shape)}; give at least two "
-            "rows each, of the same width"
-        )
-    a, b = features_a.double(), features_b.double()
-    mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)
-    a, b = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
-    # any A' with A'^T A' = A^T A serves: the triangular factor has at most D rows
-    a, b = torch.linalg.qr(a, mode="r").R, torch.linalg.qr(b, mode="r").R
-    cross = torch.linalg.svdvals(a @ b.T).sum()
-    return float((mean_a - mean_b).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
-
-
-class FrechetDistance(Metric):
-    """Fréchet distance between generated and reference pictures on the features of a given network.
+class FeatureMetrics(Metric):
+    """Measures that look at pictures through the same network, which sees every picture once.
 
     Args:
-        features: images (B, 3, H, W) uint8 -> (B, D), with a `name`.
+        features: images (B, 3, H, W) uint8 -> (B, D), with a `name`; a `text(captions)` -> (B, D) and a
+            `logits(features)` -> (B, K) where measures ask for them.
+        measures: each value's name is followed by the network's: frechet/inception.
+
+    `known` holds the real pictures' features once they are computed, also over `reset`: rounds of one evaluation share
+    them, and so do those who set it from a file.
     """
 
-    def __init__(self, features: nn.Module) -> None:
+    def __init__(self, features: FeatureNetwork, measures: Sequence[Measure]) -> None:
         super().__init__()
-        self.features = features
-        self.add_state("generated", default=[], dist_reduce_fx="cat")
-        self.add_state("real", default=[], dist_reduce_fx="cat")
+        self.features, self.measures = features, tuple(measures)
+        self.known: Tensor | None = None
+        for name in ("generated", "real", "read"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, images: Tensor, captions: Sequence[str], reference: Tensor) -> None:
-        """images, reference: (B, 3, H, W) uint8."""
+    def update(self, images: Tensor, captions: Sequence[str], reference: Tensor | None) -> None:
+        """images, reference: (B, 3, H, W) uint8; without a reference only measures that need none."""
         self.generated.append(self.features(images))
-        self.real.append(self.features(reference))
+        if hasattr(self.features, "text"):
+            self.read.append(self.features.text(captions))
+        if self.known is None and reference is not None:
+            self.real.append(self.features(reference))
 
     def compute(self) -> dict[str, float]:
-        pair = (torch.cat(state) if isinstance(state, list) else state for state in (self.generated, self.real))
-        return {f"frechet/{self.features.name}": frechet_distance(*pair)}
+        """Raises UserError when generated and real pictures are not as many."""
+        generated, real = dim_zero_cat(self.generated), dim_zero_cat(self.real) if len(self.real) else None
+        if self.known is None and real is not None and len(real):
+            self.known = real
+        if distributed.is_initialized() and distributed.get_rank() > 0:
+            return {}  # all is gathered; the first rank does the rest
+        self._check(generated)
+        logits = self.features.logits(generated) if hasattr(self.features, "logits") else None
+        read = dim_zero_cat(self.read) if hasattr(self.features, "text") else None
+        seen = Features(generated, self.known, read, logits)
+        named: dict[str, Any] = {}
+        for measure in self.measures:
+            for key, value in measure(seen).items():
+                name, _, kind = key.partition("/")
+                named["/".join(part for part in (name, self.features.name, kind) if part)] = value
+        n, width = generated.shape
+        if n < width and f"frechet/{self.features.name}" in named:
+            warnings.warn(
+                f"{n} pictures are fewer than the {width} features of {self.features.name}: a Fréchet distance is far too "
+                f"large then; compare it only with others of n={n}",
+                stacklevel=2,
+            )
+        return named
+
+    def _check(self, generated: Tensor) -> None:
+        n = len(generated)
+        if self.known is not None and len(self.known) != n:
+            raise UserError(
+                f"{n} generated and {len(self.known)} reference pictures: scores of another n do not compare; give both alike"
+            )
+        if n > 1 and (generated == generated[0]).all():
+            warnings.warn(f"all {n} generated pictures look the same to {self.features.name}", stacklevel=2)
+
+
+class FrechetDistance(FeatureMetrics):
+    """Fréchet distance between generated and reference pictures on the features of a given network."""
+
+    def __init__(self, features: FeatureNetwork) -> None:
+        super().__init__(features, [frechet])
 
 
 class CaptionAccuracy(Metric):
@@ -61,7 +90,7 @@ class CaptionAccuracy(Metric):
 
     `caption_accuracy/<attribute>` and `/all` (every stated attribute at once) over captions of one shape;
     `caption_accuracy/unseen/...` over shape and color pairs that training never showed; `caption_accuracy/two/...` over
-    captions of two shapes and their relation.
+    captions of two shapes and their relation. Each with half a 95 % interval, `.../ci95`.
     """
 
     GROUPS = ("single", "unseen", "two")
@@ -72,7 +101,7 @@ class CaptionAccuracy(Metric):
         zeros = torch.zeros(len(self.GROUPS), len(self.ATTRIBUTES), 2, dtype=torch.int64)
         self.add_state("counts", default=zeros, dist_reduce_fx="sum")  # [..., (right, judged)]
 
-    def update(self, images: Tensor, captions: Sequence[str], reference: Tensor) -> None:
+    def update(self, images: Tensor, captions: Sequence[str], reference: Tensor | None) -> None:
         """images: (B, 3, H, W) uint8; captions: B, of captioned shapes (UserError otherwise)."""
         for image, caption in zip(images.cpu(), captions, strict=True):
             group = self.GROUPS.index(shapes.kind(caption))
@@ -86,5 +115,5 @@ class CaptionAccuracy(Metric):
             prefix = "caption_accuracy/" if group == "single" else f"caption_accuracy/{group}/"
             for attribute, (right, judged) in zip(self.ATTRIBUTES, rows, strict=True):
                 if judged:
-                    values[prefix + attribute] = right / judged
+                    values |= share_of(prefix + attribute, right, judged)
         return values

@@ -268,7 +268,9 @@ class AutoencoderKL(Autoencoder):
         channels, multipliers, blocks, attention, middle_attention, groups, checkpointing: see Autoencoder.
     """
 
-    def __init__(self, latent_channels: int, channels: int, multipliers: Sequence[int], blocks: int = 2, **shape: Any) -> None:
+    def __init__(
+        self, latent_channels: int, channels: int, multipliers: Sequence[int], blocks: int = 2, **shape: Any
+    ) -> None:
         super().__init__(2 * latent_channels, latent_channels, channels, multipliers, blocks, **shape)
         self.latent_channels = latent_channels
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)

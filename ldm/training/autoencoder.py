@@ -107,5 +107,5 @@ class AutoencoderModule(TrainingModule):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, captions: list[str], index: Tensor) -> Tensor:
         """(B, 3, H, W) in about [-1, 1]: images[index] (uint8), from the posterior's mean."""
-        chosen = to_unit(images.to(self.device)[index.to(self.device)])
+        chosen = to_unit(images[index.cpu()].to(self.device))
         return self.autoencoder.decode(self.autoencoder.encode(chosen).mean)

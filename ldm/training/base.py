@@ -9,6 +9,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.training.strategies import clip_norm, shard
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]  # parameters -> optimizer
 
@@ -53,6 +54,12 @@ class TrainingModule(LightningModule):
         self._frozen_digest = self._frozen_digest or digest(frozen)
         return self._frozen_digest
 
+    def configure_model(self) -> None:
+        """Frozen networks stand outside what is distributed: neither broadcast nor cut."""
+        self._ddp_params_and_buffers_to_ignore = [*frozen_state(self)]  # torch's name for it
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh)
+
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_schedule)
@@ -75,7 +82,7 @@ class TrainingModule(LightningModule):
                 "trainer.precision=16-mixed cannot clip gradients: use bf16-mixed, or gradient_clip_val=null"
             )
         for part in self.clipped_apart() if gradient_clip_val else ():
-            nn.utils.clip_grad_norm_(part, gradient_clip_val)
+            clip_norm(part, gradient_clip_val)
 
     def clipped_apart(self) -> list[list[nn.Parameter]]:
         """The trained parameters, in the parts whose gradients are clipped each by its own norm."""

@@ -1,5 +1,6 @@
 """Callbacks: the data position, the progress bar, and pictures during training."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import WandbLogger
+from torchmetrics import Metric
 
 from ldm.batch import Batch, to_uint8, to_unit
 from ldm.data.accounts import Tally, write_report
@@ -141,6 +143,34 @@ class SampleGrid(Pictures):
             pictures.append(to_uint8(module.sample_as(batch, self.sampling, self.seed)).cpu())
             captions += batch["caption"]
         return picture_grid(torch.cat(pictures), captions, self.columns)
+
+
+class GenerationScores(SampleGrid):
+    """Small scores at each validation, val/<metric>, of samples for held-out captions from the same noise.
+
+    Args:
+        metrics: as of evaluation; null ones are left out. Numbers of so few pictures compare within a run only.
+        others: see SampleGrid.
+    """
+
+    def __init__(self, run_dir: str, count: int, sampling: Sampling, seed: int, metrics: Mapping[str, Metric]) -> None:
+        super().__init__(run_dir, count, 1, sampling, seed)
+        self.metrics = [metric for metric in metrics.values() if metric is not None]
+        for metric in self.metrics:
+            metric.distributed_available_fn = lambda: False  # only the first rank has pictures
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches, self.batches = self.batches, []
+        if trainer.sanity_checking or not batches:
+            return
+        for batch in batches:
+            images = to_uint8(pl_module.sample_as(batch, self.sampling, self.seed)).cpu()
+            for metric in self.metrics:
+                metric.update(images, batch["caption"], batch["image"].cpu())
+        for metric in self.metrics:
+            values = {f"val/{name}": value for name, value in metric.compute().items() if not name.endswith("/ci95")}
+            pl_module.log_dict(values, rank_zero_only=True)
+            metric.reset()
 
 
 def _head(batch: Batch, n: int) -> Batch:

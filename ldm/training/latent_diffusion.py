@@ -84,8 +84,8 @@ class LatentDiffusionModule(TrainingModule):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, captions: list[str], index: Tensor) -> Tensor:
         """(B, 3, H, W): images[index] (uint8) through the first stage and back: the best that sampling could do."""
-        index = index.to(self.device)
-        latents = self.first_stage.latents({"image": images.to(self.device)[index]}, KeyedRandom(self.seed, index))
+        batch = Batch(image=images[index.cpu()].to(self.device))
+        latents = self.first_stage.latents(batch, KeyedRandom(self.seed, index.to(self.device)))
         return self.first_stage.decode(latents)
 
     @torch.no_grad()

@@ -6,15 +6,17 @@ import netrc
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.jsonl import cut_after
+from ldm.training.session import say
 
 
 class JsonlLogger(Logger):
@@ -55,20 +57,62 @@ class JsonlLogger(Logger):
         cut_after(self.path, step)
 
 
-def wandb_logger(run_dir: str, project: str, name: str, **options: Any) -> WandbLogger:
-    """A WandbLogger whose run id lives in the run directory, so that the same command continues the same W&B run."""
+class Wandb(WandbLogger):
+    """Weights & Biases over samples seen. A server that does not let the run begin in time leaves it offline.
+
+    Args:
+        batch_size: the global batch: samples seen are step * batch_size.
+        options: see WandbLogger.
+    """
+
+    def __init__(self, batch_size: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.batch_size = batch_size
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns of it
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            import wandb
+
+            try:
+                _ = super().experiment
+            except wandb.errors.Error as error:
+                say(f"W&B does not answer ({type(error).__name__}), so the run is logged offline")
+                wandb.teardown()  # it still holds the run's id
+                self._wandb_init["mode"] = "offline"
+                _ = super().experiment
+            self._experiment.define_metric("samples_seen")
+            self._experiment.define_metric("*", step_metric="samples_seen", step_sync=True)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        seen = {} if step is None else {"samples_seen": (step + 1) * self.batch_size}  # without: W&B repeats the last
+        super().log_metrics({**metrics, **seen}, step)
+
+
+def wandb_logger(run_dir: str, batch_size: int, timeout: float = 30.0, **options: Any) -> Wandb:
+    """A Wandb whose run id lives in the run directory, so that the same command continues the same W&B run.
+
+    Args:
+        run_dir: the run's directory.
+        batch_size: the global batch.
+        timeout: seconds that the server has to begin a run, and to take what is left at its end.
+        options: of wandb.init: project, name, group, job_type, tags ...
+    """
+    import wandb
+
     os.environ.setdefault("WANDB_SILENT", "true")  # the banner says where the run is
     folder = Path(run_dir)
     id_file = folder / "wandb_id"
-    if not id_file.exists():
+    if rank_zero_only.rank == 0 and not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
+    identity = id_file.read_text().strip() if id_file.exists() else None  # other ranks log nothing
     offline = os.environ.get("WANDB_MODE") == "offline" or not (_has_key() and _reachable())
-    logger = WandbLogger(
-        project=project, name=name, id=id_file.read_text().strip(), resume="allow", offline=offline, save_dir=folder,
-        **options,
-    )  # fmt: skip
-    logger._wandb_init.pop("anonymous", None)  # Lightning passes it always, and W&B warns of it
-    return logger
+    settings = wandb.Settings(init_timeout=timeout, finish_timeout=timeout, login_timeout=timeout)
+    return Wandb(batch_size, id=identity, offline=offline, save_dir=folder, settings=settings, **options)
 
 
 def _reachable() -> bool:

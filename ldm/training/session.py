@@ -1,8 +1,9 @@
-"""What a person sees at the beginning and at the end of a run."""
+"""What a person sees at the beginning, at the end, and when something is out of the ordinary."""
 
 import json
 import logging
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -14,10 +15,24 @@ from rich.console import Console
 
 def quiet() -> None:
     """Keeps Lightning's advice off the screen: the banner says what matters."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     advice = ("does not have many workers", "LeafSpec", "tensorboard", "Checkpoint directory", "in eval mode")
+    # one rank needs no srun; what is logged without sync_dist is reduced already
+    advice += ("The `srun` command is available", "It is recommended to use `self.log")
     for message in (*advice, "your dataloader is not resumable"):  # it resumes: see data/datamodule.py
         warnings.filterwarnings("ignore", f".*{message}")
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """A line that a person should read, once for all ranks."""
+    Console(highlight=False, soft_wrap=True).print(f"  {text}", markup=False)
+
+
+def complain(text: str) -> None:
+    """A line on stderr, from any rank."""
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 @rank_zero_only
