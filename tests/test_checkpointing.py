@@ -23,6 +23,7 @@ class FakeTrainer(SimpleNamespace):
     world_size = 1
     is_global_zero = True
     datamodule = None
+    weight = 1.0
     folder: Path
 
     @property
@@ -32,7 +33,7 @@ class FakeTrainer(SimpleNamespace):
     def dump(self, weights_only: bool) -> dict[str, Any]:
         assert not weights_only
         self.complete_while_saving = names(self.folder, "*.ckpt")
-        return {"global_step": self.global_step, "state_dict": {"weight": torch.ones(1000)}}
+        return {"global_step": self.global_step, "state_dict": {"weight": torch.full((1000,), self.weight)}}
 
 
 def train(callback: Checkpoint, trainer: FakeTrainer, steps: int, batches_per_step: int = 1) -> None:
@@ -188,6 +189,20 @@ def test_without_a_manifest_that_says_something_the_file_is_read(tmp_path: Path,
     assert find_damage(path) == "it is no checkpoint"
     path.write_bytes(path.read_bytes()[:-100])
     assert "cannot read" in find_damage(path)
+
+
+def test_a_step_saved_again_and_killed_before_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The manifest of before would call it damaged."""
+    (path,) = made(tmp_path, 3)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, 3, datamodule=SimpleNamespace(samples_seen=1), weight=2.0)
+    assert read(path)["state_dict"]["weight"][0] == 2
+    assert find_damage(path) == ""
 
 
 def test_a_damaged_file_is_named(tmp_path: Path):

@@ -95,9 +95,12 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
 def test_a_run_directory_holds_what_it_should(runs: Runs):
     run_dir = runs.folder / "straight"
     assert {p.name for p in run_dir.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "data_report.json", "checkpoints", "samples",
+        "config.yaml", "metrics.jsonl", "throughput.jsonl", "data_report.json", "checkpoints", "samples",
     }  # fmt: skip
-    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step_00000004.ckpt", "step_00000006.ckpt"]
+    assert sorted(p.name for p in (run_dir / "checkpoints").glob("*.ckpt")) == [
+        "step_00000004.ckpt",
+        "step_00000006.ckpt",
+    ]
     assert sorted(p.name for p in (run_dir / "samples").iterdir()) == ["step_00000003.png", "step_00000006.png"]
     assert json.loads((run_dir / "data_report.json").read_text()) == {
         "delivered": 48,

