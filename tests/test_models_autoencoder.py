@@ -129,5 +129,7 @@ def test_arguments_and_images_that_do_not_fit_are_refused():
         AutoencoderKL(4, 8, [1, 2])
     with pytest.raises(UserError, match=r"3x7x8; .*multiples of 2: change data.side"):
         autoencoder().encode(torch.zeros(1, 3, 7, 8))
+    with pytest.raises(UserError, match="the images hold NaN or infinity"):
+        autoencoder().encode(torch.full((1, 3, 8, 8), torch.nan))
     with pytest.raises(UserError, match="1x8x8; expected 3 channels"):
         autoencoder().encode(torch.zeros(1, 1, 8, 8))

@@ -227,13 +227,16 @@ class Autoencoder(nn.Module):
                 module.checkpointing = checkpointing
 
     def check(self, images: Tensor) -> None:
-        """Raises UserError for pictures that are not (B, 3, H, W) with sides that are multiples of f."""
+        """Raises UserError for pictures that are not (B, 3, H, W), finite, with sides that are multiples of f."""
         _, channels, height, width = images.shape
         if channels != 3 or height % self.factor or width % self.factor:
             raise UserError(
                 f"autoencoder: images are {channels}x{height}x{width}; expected 3 channels and sides that are "
                 f"multiples of {self.factor}: change data.side"
             )
+        # on a GPU the answer would have to be waited for; there the loss is what is watched (training/faults.py)
+        if images.device.type == "cpu" and not images.isfinite().all():
+            raise UserError("autoencoder: the images hold NaN or infinity; pictures are numbers in [-1, 1]")
 
     def _encoded(self, images: Tensor) -> Tensor:
         self.check(images)

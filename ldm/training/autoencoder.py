@@ -80,7 +80,7 @@ class AutoencoderModule(TrainingModule):
         reconstruction = self.autoencoder.decode(posterior.mean).clamp(-1, 1)
         psnr = peak_signal_noise_ratio(reconstruction, images, data_range=2.0, dim=(1, 2, 3))  # mean over images, dB
         values = {"val/psnr": psnr, "val/distance": self.loss.distance(reconstruction, images).mean()}
-        self.log_dict(values, batch_size=len(images), sync_dist=True)
+        self.log_dict(values, batch_size=float(len(images)), sync_dist=True)  # a float: see LatentDiffusionModule
         self._counted = self._counted + self.autoencoder.count(posterior)
         mean, square = posterior.mean.double(), posterior.mean.double().square() + posterior.logvar.double().exp()
         self._moments += torch.stack([torch.ones_like(mean), mean, square]).sum(dim=(1, 3, 4))

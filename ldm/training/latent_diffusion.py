@@ -79,7 +79,8 @@ class LatentDiffusionModule(TrainingModule):
         losses = [self.loss.at_level(self.denoiser, z, cond, random, level)[0].mean() for level in range(LEVELS)]
         values = {f"val/loss_level_{level}": loss for level, loss in enumerate(losses)}
         values["val/loss"] = torch.stack(losses).mean()
-        self.log_dict(values, batch_size=len(z), sync_dist=True)
+        # a float: Lightning averages whole counts over ranks and cuts the result
+        self.log_dict(values, batch_size=float(len(z)), sync_dist=True)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, captions: list[str], index: Tensor) -> Tensor:
