@@ -19,10 +19,13 @@ from ldm.training import checkpointing
 
 STEPS = 400
 TWO = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
-pytestmark = pytest.mark.skipif(
-    bool(slurm_cluster.missing()) and not os.environ.get("REQUIRE_SLURM"),
-    reason=f"SLURM is not installed ({', '.join(slurm_cluster.missing())}); see slurm_cluster.py. Set REQUIRE_SLURM: no skip",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(slurm_cluster.missing()) and not os.environ.get("REQUIRE_SLURM"),
+        reason=f"SLURM is not installed ({', '.join(slurm_cluster.missing())}); see slurm_cluster.py. Set REQUIRE_SLURM: no skip",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
