@@ -1,6 +1,5 @@
 """Perceptual distances: LPIPS (Zhang et al. 2018) on a local file of weights, and the same distance on other features."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -11,9 +10,6 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.models.efficientnet import MEAN, STD, load
 
-VGG16 = (
-    "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's; the name ends in its digest's beginning
-)
 TAPS = (3, 8, 15, 22, 29)  # of VGG16's features: the last ReLU before each pooling, and of the last stage
 
 
@@ -64,7 +60,7 @@ def lpips(weights: str) -> PerceptualDistance:
     """LPIPS 0.1 on VGG16, the perceptual loss of the published first stages. Its linear heads come with torchmetrics.
 
     Args:
-        weights: torchvision's VGG16 state dict (see VGG16), of which `features.*` is read.
+        weights: torchvision's VGG16 state dict (`ldm fetch vgg16`), of which `features.*` is read.
 
     Raises:
         UserError: the file is missing, with the command that fetches it; or it holds something else.
@@ -114,8 +110,3 @@ def efficientnet() -> PerceptualDistance:
         UserError: the package is not installed.
     """
     return PerceptualDistance(load(), None, MEAN, STD)
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
