@@ -23,10 +23,10 @@ import torch
 import webdataset
 
 from ldm.data.accounts import Tally
-from ldm.data.arrays import ArrayStream, LatentArrays, pack, read_batches
+from ldm.data.arrays import ArrayStream, LatentArrays, pack
 from ldm.data.latents import CACHED, CacheShard, DecodeLatents, Stamp, to_npy
 from ldm.data.sources import ShardCache
-from ldm.data.stream import SampleStream, Source, batches
+from ldm.data.stream import SampleStream, Source, batches, read_batches
 
 SHARDS, EACH, BATCH = 4, 2048, 256
 SHAPE = (1, 8, 32, 32)
@@ -81,7 +81,7 @@ def arrays(folder: Path) -> Iterator[int]:
     """Our arrays: shuffled over all rows, resumable, in batches."""
     rows = LatentArrays(folder)
     stream = ArrayStream(rows, len(rows), seed=0, batch_size=BATCH)
-    for batch in read_batches(stream, range(SHARDS * EACH // BATCH), 0):
+    for batch in read_batches(stream, 0, range(SHARDS * EACH // BATCH)):
         yield len(batch["moments"])
 
 

@@ -48,8 +48,9 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     decode = DecodeSample(32, random_crop=True, random_flip=True, filters={"length": CaptionLength(0, args.longest)})
     data = ShardDataModule(
-        args.shards, args.val_shards, 32, decode, args.batch_size, args.steps, 0, 8, run_dir=args.run_dir, val_samples=8,
-        num_workers=args.workers, max_streams=8, shuffle=64, log_keys=True,
+        args.shards, args.val_shards, decode, side=32, batch_size=args.batch_size, steps=args.steps, seed=0,
+        val_batch_size=8, run_dir=args.run_dir, val_samples=8, num_workers=args.workers, max_streams=8, shuffle=64,
+        log_keys=True,
     )  # fmt: skip
     folder = Path(args.run_dir)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

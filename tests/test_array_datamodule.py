@@ -29,8 +29,9 @@ def fit(folder: Path, run: Path, steps: int, resume: bool = False, **changes: ob
     torch.manual_seed(0)
     module = latent_diffusion(conditioner=TextConditioner(text_encoder(), pooled=True), **changes)
     data = ArrayDataModule(
-        str(folder), None, SIDE, 8, 7, seed=3, val_batch_size=4, run_dir=str(run), val_samples=6, random_flip=True
-    )
+        str(folder), None, side=SIDE, batch_size=8, steps=7, seed=3, val_batch_size=4, run_dir=str(run), val_samples=6,
+        random_flip=True,
+    )  # fmt: skip
     trainer = pl.Trainer(
         max_steps=steps,
         callbacks=[

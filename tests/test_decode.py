@@ -1,12 +1,15 @@
 """A sample's members become the fields of a batch, or a drop with a reason."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
 
-from ldm.data.decode import Captions, DecodeSample
+from ldm.data.decode import Captions, ClassNumber, DecodeSample, DepthMap
 from ldm.data.filters import Between, CaptionLength
 from ldm.data.shards import BadSample
 from ldm.errors import UserError
@@ -106,3 +109,68 @@ def test_without_augmentation() -> None:
     assert all(torch.equal(plain("k", members, i)["image"], plain("k", members, 0)["image"]) for i in range(20))
     with pytest.raises(BadSample, match="filter/length"):
         plain("k", members | {"txt": b"a"}, 0)
+
+
+def test_one_without_a_weight_is_left_out() -> None:
+    assert Captions({"txt": None, "cls": 1.0}, seed=0)({"txt": b"a", "cls": b"7"}, {}, 0) == "7"
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({}, "missing"),
+        ({"cls": b"cat"}, "not a number"),
+        ({"cls": b"10"}, "out of range"),
+        ({"cls": b"-1"}, "out of range"),
+    ],
+)
+def test_bad_classes(members: dict[str, bytes], reason: str) -> None:
+    decode = DecodeSample(16, fields={"label": ClassNumber(10)})
+    assert decode("k", {"jpg": picture(1), "txt": b"a", "cls": b"9\n"}, 0)["label"] == 9
+    with pytest.raises(BadSample, match=f"label/{reason}"):
+        decode("k", {"jpg": picture(1), "txt": b"a"} | members, 0)
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("finer", [1, 3])
+def test_a_depth_map_is_cropped_and_mirrored_as_its_picture(finer: int) -> None:
+    """The map is the picture's own first channel, at its resolution or another: they stay together."""
+    ramp = np.add.outer(np.arange(24), 4 * np.arange(40)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.repeat(ramp[..., None], 3, 2)).save(file, "PNG")
+    depth = np.add.outer(np.arange(24 * finer), 4 * np.arange(40 * finer)).astype(np.float16) / finer
+    decode = DecodeSample(16, random_crop=True, random_flip=True, fields={"depth": DepthMap()})
+    members = {"png": file.getvalue(), "txt": b"a", "depth.npy": npy(depth)}
+    for index in range(20):
+        got = decode("k", members, index)
+        assert (got["depth"].shape, got["depth"].dtype) == ((1, 16, 16), torch.float32)
+        inside = (got["depth"][0] - got["image"][0].float())[2:-2, 2:-2]  # at the borders bicubic filters differ
+        assert inside.abs().max() < 3
+    assert torch.equal(decode("k", members | {"depth.npy": npy(depth[None])}, 19)["depth"], got["depth"])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable"),
+        (b"\x93NUMPY\x01\x00", "unreadable"),
+        (npy(np.zeros((4, 4)))[:-9], "unreadable"),
+        (npy(np.array([{}], dtype=object)), "unreadable"),
+        (npy(np.zeros(16)), "wrong shape or type"),
+        (npy(np.zeros((2, 4, 4))), "wrong shape or type"),
+        (npy(np.zeros((0, 4))), "wrong shape or type"),
+        (npy(np.zeros((4, 4), complex)), "wrong shape or type"),
+        (npy(np.full((4, 4), np.nan)), "not finite"),
+    ],
+)
+def test_bad_depth_maps(data: bytes, reason: str) -> None:
+    decode = DecodeSample(16, fields={"depth": DepthMap()})
+    with pytest.raises(BadSample, match=f"depth/{reason}"):
+        decode("k", {"jpg": picture(1), "txt": b"a", "depth.npy": data}, 0)
+    with pytest.raises(BadSample, match="depth/missing"):
+        decode("k", {"jpg": picture(1), "txt": b"a"}, 0)

@@ -1,5 +1,6 @@
 """The captioned shapes: a function of seed and index, captions that can be read back, hold-outs that are never shown."""
 
+import tarfile
 from itertools import islice
 from pathlib import Path
 
@@ -157,3 +158,18 @@ def test_an_orange_shape():
     texts = {shapes.caption(scene, rng) for _ in range(300)}
     assert any("an orange star" in text for text in texts)
     assert not any("a orange" in text for text in texts)
+
+
+def test_pictures_in_a_folder_are_the_shards_own(tmp_path: Path):
+    shapes.write_pictures(tmp_path / "mine", 3)
+    shapes.write(tmp_path / "shards", train=3, val=2)
+    with tarfile.open(tmp_path / "shards/train/00000.tar") as tar:
+        members = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith((".jpg", ".txt"))]
+    names = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    assert names == ["00000.jpg", "00000.txt", "00001.jpg", "00001.txt", "00002.jpg", "00002.txt"]
+    assert [(tmp_path / "mine" / name).read_bytes() for name in names] == members
+    (tmp_path / "mine/00001.txt").write_text("mine")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "mine").iterdir()}
+    shapes.write_pictures(tmp_path / "mine", 3)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "mine").iterdir()}
+    assert [name for name in names if times[name] != after[name]] == ["00001.txt"]

@@ -65,7 +65,7 @@ def test_a_jpeg_is_decoded_as_pillow_does(mode: str, options: dict[str, object])
 def test_size_and_crop_are_told() -> None:
     picture = DecodeImage(32)(encode(scene(90, 64)), 0)
     assert picture.size == (64, 90)
-    assert picture.crop == (0, 6)  # of 32 x 45
+    assert picture.frame.crop == (0, 6)  # of 32 x 45
     turned = Image.Exif()
     turned[0x0112] = 6
     assert DecodeImage(32)(encode(scene(90, 64), "JPEG", exif=turned), 0).size == (90, 64)
@@ -77,12 +77,13 @@ def test_random_crops_are_drawn_per_sample_and_told() -> None:
     decode = DecodeImage(32, random_crop=True, seed=5)
     lefts = []
     for i in range(300):
-        pixels, _, (top, left) = decode(data, i)
+        pixels, _, frame = decode(data, i)
+        top, left = frame.crop
         assert top == 0
         assert torch.equal(pixels, whole[:, :, left : left + 32])
         lefts.append(left)
     assert set(lefts) == set(range(17))
-    assert lefts == [decode(data, i).crop[1] for i in range(300)]
+    assert lefts == [decode(data, i).frame.crop[1] for i in range(300)]
 
 
 def test_a_scale_below_one_is_refused() -> None:

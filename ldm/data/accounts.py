@@ -1,19 +1,21 @@
 """What became of the samples: delivered, dropped by reason, and which ones a step was made of."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ldm.data.decode import FILTERED
+from ldm.data.shards import BadSample
 from ldm.errors import UserError
-from ldm.jsonl import cut_after
+from ldm.files import aside, cut_after
 
 LEAST = 1000  # samples before the budget is a share: one bad sample among the first ten is no one's fault
 
 
+@dataclass
 class Tally:
     """Samples delivered, dropped by reason, and where the last of each reason was.
 
@@ -21,13 +23,20 @@ class Tally:
         budget: share of the samples met that may be unusable; those that a filter drops do not count.
     """
 
-    def __init__(self, budget: float) -> None:
-        if not 0 <= budget <= 1:
-            raise UserError(f"data.budget={budget}; it is the share of bad samples a run may meet: give one in [0, 1]")
-        self.budget = budget
-        self.delivered = 0
-        self.dropped: Counter[str] = Counter()
-        self.where: dict[str, str] = {}
+    budget: float = 1.0
+    delivered: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    where: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.budget <= 1:
+            raise UserError(
+                f"data.budget={self.budget}; it is the share of bad samples a run may meet: give one in [0, 1]"
+            )
+
+    def drop(self, bad: BadSample) -> None:
+        self.dropped[bad.reason] += 1
+        self.where[bad.reason] = bad.where
 
     def add(self, delivered: int, dropped: Mapping[str, int], where: Mapping[str, str]) -> None:
         self.delivered += delivered
@@ -47,10 +56,8 @@ class Tally:
             )
 
     def __add__(self, other: "Tally") -> "Tally":
-        out = Tally(self.budget)
-        out.delivered = self.delivered + other.delivered
-        out.dropped, out.where = self.dropped + other.dropped, self.where | other.where
-        return out
+        both = self.delivered + other.delivered, self.dropped + other.dropped, self.where | other.where
+        return Tally(self.budget, *both)
 
     def report(self) -> dict[str, Any]:
         """As plain data; from_report reads it."""
@@ -58,18 +65,14 @@ class Tally:
         return {"delivered": self.delivered, "dropped": counts, "last_dropped": dict(sorted(self.where.items()))}
 
     @classmethod
-    def from_report(cls, report: Mapping[str, Any], budget: float) -> "Tally":
-        out = cls(budget)
-        out.delivered, out.dropped = report["delivered"], Counter(report["dropped"])
-        out.where = dict(report["last_dropped"])
-        return out
+    def from_report(cls, report: Mapping[str, Any], budget: float = 1.0) -> "Tally":
+        return cls(budget, report["delivered"], Counter(report["dropped"]), dict(report["last_dropped"]))
 
 
 def write_report(tally: Tally, run_dir: Path) -> None:
     """run_dir/data_report.json, whole at any moment."""
-    aside = run_dir / "data_report.json.partial"
-    aside.write_text(json.dumps(tally.report(), indent=1) + "\n")
-    os.replace(aside, run_dir / "data_report.json")
+    with aside(run_dir / "data_report.json") as partial:
+        partial.write_text(json.dumps(tally.report(), indent=1) + "\n")
 
 
 class KeyLog:

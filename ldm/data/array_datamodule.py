@@ -3,20 +3,21 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import count
 from typing import Any
 
 from ldm.batch import Batch
-from ldm.data.arrays import ArrayStream, LatentArrays, OrderedRows, read_batches
+from ldm.data.arrays import ArrayStream, LatentArrays, OrderedRows
 from ldm.data.datamodule import DataModule, Ordered
 from ldm.data.latents import DecodeLatents, Stamp, fit_for
-from ldm.data.sources import ShardCache, expand
-from ldm.data.stream import OrderedSamples
+from ldm.data.sources import expand
+from ldm.data.stream import OrderedSamples, read_batches
 from ldm.errors import UserError
 
 
+@dataclass(eq=False, repr=False)
 class ArrayDataModule(DataModule):
     """Training: all rows, each epoch in another order, endless and resumable (see arrays.py). Validation: shards, or the last
     rows.
@@ -25,48 +26,21 @@ class ArrayDataModule(DataModule):
         folder: of the arrays, made by `ldm shards pack`.
         val_shards: shards of pictures or of latents; None: the last `val_samples` rows are held out from training.
         random_flip: mirror half of the samples; the cache must hold them mirrored.
-        cache: brings remote validation shards here; None: ~/.cache/ldm/shards.
         others: see DataModule.
 
     Raises:
         UserError: arrays that are not there or cannot give what is asked (here), too few rows (in `setup`).
     """
 
-    def __init__(
-        self,
-        folder: str,
-        val_shards: str | list[str] | None,
-        side: int,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        val_batch_size: int,
-        run_dir: str,
-        val_samples: int,
-        random_flip: bool = False,
-        accumulate: int = 1,
-        num_workers: int = 0,
-        budget: float = 0.01,
-        log_keys: bool = False,
-        cache: ShardCache | None = None,
-    ) -> None:
-        super().__init__(
-            side,
-            batch_size,
-            steps,
-            seed,
-            val_batch_size,
-            run_dir,
-            val_samples,
-            accumulate,
-            num_workers,
-            budget,
-            log_keys,
-        )
-        self.arrays = LatentArrays(folder)
-        fit_for(self.stamp, folder, side, random_flip)
-        self.folder, self.val_shards, self.random_flip = folder, val_shards, random_flip
-        self.cache = cache or ShardCache("~/.cache/ldm/shards", 2**36)
+    folder: str
+    val_shards: str | list[str] | None
+    val_samples: int = field(kw_only=True)
+    random_flip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.arrays = LatentArrays(self.folder)
+        fit_for(self.stamp, self.folder, self.side, self.random_flip)
 
     @property
     def stamp(self) -> Stamp:
@@ -108,4 +82,4 @@ class ArrayDataModule(DataModule):
             world=world,
             start=self.samples_seen,
         )
-        return read_batches(stream, count(), self.num_workers)
+        return read_batches(stream, self.num_workers, count())

@@ -15,23 +15,24 @@ to be known to resume, on any number of ranks and workers.
 
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ldm.batch import Batch
 from ldm.data.accounts import Tally
 from ldm.data.decode import Fields
-from ldm.data.latents import NO_BUDGET, DecodeLatents, Stamp, finite, from_npy
+from ldm.data.latents import DecodeLatents, Stamp, TextStamp, finite, from_npy
 from ldm.data.sources import ShardCache, expand
-from ldm.data.stream import OrderedSamples
+from ldm.data.stream import OrderedSamples, read_batches
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
 
@@ -72,6 +73,7 @@ class LatentArrays:
         views, *shape = self.stamp.moments
         chosen = rows * views + (0 if mirrored is None else mirrored.numpy())
         places = torch.from_numpy(self.places[rows]).long()
+        text: Any = self._text(self.stamp.text, rows) if self.stamp.text else {}
         return Batch(
             # take: faster than torch.s index_select, which also wants memory that it may write to
             moments=torch.from_numpy(self.moments.take(chosen, 0)).view(-1, *shape),
@@ -83,15 +85,15 @@ class LatentArrays:
             crop=places[:, 2:],
             dropped={},
             dropped_where={},
-            **(self._text(rows) if self.stamp.text else {}),
+            **text,
         )
 
-    def _text(self, rows: np.ndarray) -> dict[str, Tensor]:
+    def _text(self, text: TextStamp, rows: np.ndarray) -> dict[str, Tensor]:
         starts, ends = _spans(self.token_ends, rows)
-        tokens = np.zeros((len(rows), self.stamp.text.length, self.stamp.text.width), np.float16)
+        tokens = np.zeros((len(rows), text.length, text.width), np.float16)
         for row, start, end in zip(tokens, starts.tolist(), ends.tolist(), strict=True):
             row[: end - start] = self.tokens[start:end]
-        mask = np.arange(self.stamp.text.length) < (ends - starts)[:, None]
+        mask = np.arange(text.length) < (ends - starts)[:, None]
         columns = {"text_tokens": tokens, "text_mask": mask, "text_vector": self.vectors[rows]}
         return {name: torch.from_numpy(column) for name, column in columns.items()}
 
@@ -122,6 +124,7 @@ def _spans(ends: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(rows > 0, ends[rows - 1], 0), ends[rows]
 
 
+@dataclass(eq=False)
 class ArrayStream(Dataset[Batch]):
     """Batch n of the endless sequence, from `start` on: rank r's part of it.
 
@@ -134,22 +137,18 @@ class ArrayStream(Dataset[Batch]):
         start: samples delivered before, over all ranks.
     """
 
-    def __init__(
-        self,
-        arrays: LatentArrays,
-        count: int,
-        seed: int,
-        batch_size: int,
-        *,
-        random_flip: bool = False,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
-    ) -> None:
-        assert batch_size % world == 0
-        self.arrays, self.count, self.seed = arrays, count, seed
-        self.batch_size, self.random_flip = batch_size, random_flip
-        self.rank, self.world, self.start = rank, world, start
+    arrays: LatentArrays
+    count: int
+    seed: int
+    batch_size: int
+    _: KW_ONLY
+    random_flip: bool = False
+    rank: int = 0
+    world: int = 1
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.batch_size % self.world == 0
 
     def __getitem__(self, number: int) -> Batch:
         first = self.start + number * self.batch_size
@@ -191,24 +190,7 @@ class OrderedRows(Dataset[Batch]):
     def batches(self, batch_size: int, rank: int = 0, world: int = 1, num_workers: int = 0) -> Iterator[Batch]:
         """Rank r's samples r, r + world, ...; no padding, so the last batch may be short and ranks may differ by one."""
         mine = list(range(rank, len(self), world))
-        yield from read_batches(self, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)], num_workers)
-
-
-def read_batches(source: Dataset[Batch], which: Iterable[Any], num_workers: int) -> Iterator[Batch]:
-    """source[which[0]], source[which[1]], ..., read by `num_workers` processes in turn (0: this one)."""
-    loader = DataLoader(
-        source,
-        batch_size=None,
-        sampler=which,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # its own, or every epoch would take a draw from the global one
-    )
-    yield from loader
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+        return read_batches(self, num_workers, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)])
 
 
 def pack(cache: str | Path, out: str | Path, shard_cache: ShardCache) -> Tally:
@@ -224,8 +206,8 @@ def pack(cache: str | Path, out: str | Path, shard_cache: ShardCache) -> Tally:
     shards = expand(f"{cache}/{{00000..{stamp.shards - 1:05d}}}.tar", "ldm shards encode")
     out.mkdir(parents=True, exist_ok=True)
     samples = OrderedSamples(shards, _AllViews(str(cache), stamp.side), shard_cache)
-    tally = Tally(NO_BUDGET)
-    with _Columns(out, stamp) as columns:
+    tally = Tally()
+    with closing(_Columns(out, stamp)) as columns:
         for place in range(len(samples)):
             batch = samples[place]
             tally.add(len(batch["key"]), batch["dropped"], batch["dropped_where"])
@@ -273,13 +255,10 @@ class _Columns:
             self.columns["token_ends"].add(np.array([self.columns["tokens"].rows]))
             self.columns["vectors"].add(batch["text_vector"].numpy())
 
-    def __enter__(self) -> "_Columns":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in (*self.columns.values(), *self.strings.values()):
+    def close(self) -> None:
+        for column in self.columns.values():
+            column.close()
+        for file in self.strings.values():
             file.close()
 
 

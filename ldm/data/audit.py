@@ -5,17 +5,18 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import iadd
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -26,8 +27,9 @@ from ldm.data.remote import scheme_of, shown
 from ldm.data.schema import normalize, parse
 from ldm.data.shards import BadSample, Entry, entries, read
 from ldm.data.sources import expand
-from ldm.data.transforms import EXTENSIONS, FORMATS, Picture
+from ldm.data.transforms import EXTENSIONS, FORMATS, DecodeImage, Frame, Picture
 from ldm.errors import UserError
+from ldm.files import aside, sha256
 
 DAMAGE_SHOWN = 20
 SMALL = (256, 512)  # pixels of the shorter side, below which pictures are counted
@@ -81,15 +83,15 @@ class Audit:
 
     def add(self, other: "Audit") -> None:
         """Another's findings after one's own."""
-        self.samples += other.samples
-        self.damage = (self.damage + other.damage)[:DAMAGE_SHOWN]
-        self.altered += other.altered
-        for name in ("dropped", "extensions", "fields"):
-            getattr(self, name).update(getattr(other, name))
-        for name in ("shards", "bytes", "promised", "without_manifest"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _SUMMED:
+            setattr(self, name, iadd(getattr(self, name), getattr(other, name)))
+        del self.damage[DAMAGE_SHOWN:]
         for name, values in other.scores.items():
             self.scores.setdefault(name, []).extend(values)
+
+
+_SUMMED = ("samples", "dropped", "damage", "extensions", "fields", "altered", "shards", "bytes", "promised",
+           "without_manifest")  # fmt: skip
 
 
 def local_shards(spec: str | Sequence[str]) -> list[str]:
@@ -122,34 +124,33 @@ def index(paths: Sequence[str], workers: int | None = None) -> list[Damage]:
     return [damage for found in in_parallel(_index_shard, paths, workers, "indexing") for damage in found]
 
 
-class _HeaderOnly:
-    """In place of DecodeImage: takes a picture at its header's word."""
+class _ByHeader(DecodeImage):
+    """Takes a picture at its header's word."""
 
     def __call__(self, data: bytes, index: int) -> Picture:
-        return Picture(torch.empty(0), _size(data)[::-1], (0, 0))
+        return Picture(torch.empty(0), _size(data)[::-1], Frame(0, (0, 0), (0, 0), mirrored=False))
 
 
-def _reader(decode: bool) -> DecodeSample:
-    """What training reads a sample with: (key, members, index) -> fields, or BadSample."""
-    reader = DecodeSample(side=16, scaled_decode=1)
-    if not decode:
-        reader.image = _HeaderOnly()
-    return reader
+def _walk(file: BinaryIO, promised: int | None) -> Iterator[tuple[str, Item]]:
+    """What a shard holds, and where: at a key, or after one."""
+    before = "the beginning"
+    for item in complete(list(entries(file)), promised):
+        if isinstance(item, Entry):
+            before = item.key
+        yield item.key if isinstance(item, Entry) else f"after {before}", item
 
 
 def _audit_shard(decode: bool, path: str) -> Audit:
-    reader, out = _reader(decode), Audit(shards=1, bytes=os.path.getsize(path))
-    promised = _promised(path)
-    out.promised, out.without_manifest = promised or 0, int(promised is None)
+    reader, promised = DecodeSample(side=16, scaled_decode=1), _promised(path)
+    if not decode:
+        reader.image = _ByHeader(16)
+    out = Audit(shards=1, bytes=os.path.getsize(path), promised=promised or 0, without_manifest=int(promised is None))
     out.altered = [path] if _altered(path) else []
-    before = "the beginning"
     with open(path, "rb") as file:
-        for item in complete(list(entries(file)), promised):
-            where = item.key if isinstance(item, Entry) else f"after {before}"
+        for where, item in _walk(file, promised):
             try:
                 if isinstance(item, BadSample):
                     raise item
-                before = item.key
                 out.extensions.update(list(item.members))
                 members = read(file, item)
                 _note(out, item.key, members, reader(item.key, members, 0)["caption"])
@@ -171,9 +172,10 @@ def _note(out: Audit, key: str, members: dict[str, bytes], caption: str) -> None
     out.samples.append(Sample(key, *hashes, *_size(picture), len(caption), len(caption.split())))
     row = parse(members.get("json"))
     out.fields.update(name for name, value in row.items() if value is not None)
-    for name, value in normalize(row).items():
-        if name in SCORES:
-            out.scores.setdefault(name, []).append(value)
+    record: Mapping[str, Any] = normalize(row)
+    for name in SCORES:
+        if name in record:
+            out.scores.setdefault(name, []).append(record[name])
 
 
 def _size(picture: bytes) -> tuple[int, int]:
@@ -204,41 +206,27 @@ def _altered(path: str) -> bool:
     """Is there an index, and does it tell of other bytes?"""
     try:
         said = json.loads(_beside(path, ".index.json").read_bytes())
-        return (said["bytes"], said["sha256"]) != (os.path.getsize(path), _digest(path))
+        return (said["bytes"], said["sha256"]) != (os.path.getsize(path), sha256(path))
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError):
         return True
 
 
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _index_shard(path: str) -> list[Damage]:
+    damage: list[Damage] = []
     with open(path, "rb") as file:
-        items: list[Item] = complete(list(entries(file)), _promised(path))
-    damage = []
-    before = "the beginning"
-    for item in items:
+        items = list(_walk(file, _promised(path)))
+    for where, item in items:
         if isinstance(item, BadSample):
-            _list(damage, Damage(path, f"after {before}", item.reason))
-        else:
-            before = item.key
+            _list(damage, Damage(path, where, item.reason))
     if _altered(path):
         damage.append(Damage(path, "anywhere", "shard/altered since it was indexed"))
     if not damage:
-        manifest = {"count": len(items), "bytes": os.path.getsize(path), "sha256": _digest(path)}
-        aside = _beside(path, ".index.json.partial")
-        aside.write_text(json.dumps(manifest))
-        aside.rename(_beside(path, ".index.json"))
+        manifest = {"count": len(items), "bytes": os.path.getsize(path), "sha256": sha256(path)}
+        with aside(_beside(path, ".index.json")) as partial:
+            partial.write_text(json.dumps(manifest))
     return damage
-
-
-def duplicates(samples: Sequence[Sample]) -> list[str]:
-    """The keys of all but the first of each group of samples with the same picture."""
-    return [samples[i].key for i in _repeats(samples, "picture")]
 
 
 def _repeats(samples: Sequence[Sample], name: str) -> np.ndarray:
@@ -260,9 +248,9 @@ def write_duplicates(samples: Sequence[Sample], path: str | Path) -> int:
             f"{len(again)} keys occur more than once ({samples[again[0]].key!r}, ...), so a list of keys cannot tell copies "
             "apart; check data sets with keys of their own one by one"
         )
-    keys = duplicates(samples)
-    Path(path).write_text("".join(f"{key}\n" for key in keys))
-    return len(keys)
+    copies = _repeats(samples, "picture")
+    Path(path).write_text("".join(f"{samples[i].key}\n" for i in copies))
+    return len(copies)
 
 
 def summary(found: Audit) -> dict[str, Any]:
@@ -307,67 +295,53 @@ def show(said: dict[str, Any], console: Console) -> None:
         + ("" if said["decoded"] else " by the pictures' headers"),
         highlight=False,
     )
-    if said["shards_without_manifest"]:
-        lacking = said["shards_without_manifest"]
+    if lacking := said["shards_without_manifest"]:
         console.print(f"{lacking:,} shards have no manifest: a cut between two samples would not show", highlight=False)
     for path in said["altered_shards"]:
         console.print(Text(f"{path} is not what its index says", style="red"))
     if usable:
-        console.print(_spreads(said))
-        console.print(_shares(said))
+        sizes = {
+            "width, px": "width",
+            "height, px": "height",
+            "caption, characters": "characters",
+            "caption, words": "words",
+        }
+        spreads = {label: said[name] for label, name in sizes.items()} | said["scores"]
+        rows = [(label, *(f"{value:,.5g}" for value in spread.values())) for label, spread in spreads.items()]
+        console.print(table(("", "min", "median", "max"), rows))
+        counts = {f"shorter side under {side} px": count for side, count in said["under"].items()}
+        counts |= {f"{name} seen before": said[f"duplicate_{name}s"] for name in ("picture", "caption", "key")}
+        shares = [(label, f"{count:,}", f"{count / usable:.1%}") for label, count in counts.items()]
+        console.print(table(("", "samples", "share"), shares))
         console.print(_members(said))
     if said["dropped"]:
-        table = _table("dropped because", "samples")
-        for reason, count in said["dropped"].items():
-            table.add_row(reason, f"{count:,}")
-        console.print(table)
+        rows = [(reason, f"{count:,}") for reason, count in said["dropped"].items()]
+        console.print(table(("dropped because", "samples"), rows))
     show_damage(said["damage"], console)
 
 
 def show_damage(damage: Sequence[dict[str, str]], console: Console) -> None:
     """The first of it, where there is any."""
     if damage:
-        table = Table("shard", "key", "damage", box=SIMPLE_HEAD)
-        for each in damage:
-            table.add_row(*(Text(text) for text in each.values()))
-        console.print(table)
+        console.print(table(("shard", "key", "damage"), [tuple(each.values()) for each in damage], "left"))
 
 
-def _spreads(said: dict[str, Any]) -> Table:
-    table = _table("", "min", "median", "max")
-    rows = {
-        "width, px": "width",
-        "height, px": "height",
-        "caption, characters": "characters",
-        "caption, words": "words",
-    }
-    for label, spread in [(label, said[name]) for label, name in rows.items()] + list(said["scores"].items()):
-        table.add_row(label, *(f"{value:,.5g}" for value in spread.values()))
-    return table
-
-
-def _shares(said: dict[str, Any]) -> Table:
-    table = _table("", "samples", "share")
-    counts = {f"shorter side under {side} px": count for side, count in said["under"].items()}
-    counts |= {f"{name} seen before": said[f"duplicate_{name}s"] for name in ("picture", "caption", "key")}
-    for label, count in counts.items():
-        table.add_row(label, f"{count:,}", f"{count / said['usable']:.1%}")
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(first, box=SIMPLE_HEAD)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], others: JustifyMethod = "right") -> Table:
+    """others: where the columns after the first are aligned."""
+    out = Table(box=SIMPLE_HEAD)
+    for i, name in enumerate(header):
+        out.add_column(name, justify=others if i else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*map(Text, row))
+    return out
 
 
 def _members(said: dict[str, Any]) -> Table:
+    always = [name for name, share in said["fields"].items() if share == 1]
+    some = [f"{name} {share:.1%}" for name, share in said["fields"].items() if share < 1]
+    members = [f"{name} {count:,}" for name, count in said["extensions"].items()]
     grid = Table.grid(padding=(0, 2))
-    always = ", ".join(name for name, share in said["fields"].items() if share == 1)
-    some = ", ".join(f"{name} {share:.1%}" for name, share in said["fields"].items() if share < 1)
-    members = ", ".join(f"{name} {count:,}" for name, count in said["extensions"].items())
-    for label, text in (("members", members), ("metadata of all", always), ("metadata of some", some)):
-        if text:
-            grid.add_row(f"  {label}", Text(text))
+    for label, names in (("members", members), ("metadata of all", always), ("metadata of some", some)):
+        if names:
+            grid.add_row(f"  {label}", Text(", ".join(names)))
     return grid

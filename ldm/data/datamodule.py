@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import distributed
 
 from ldm.batch import Batch
 from ldm.data.accounts import KeyLog, Tally
-from ldm.data.decode import Decode
+from ldm.data.decode import DecodeSample
 from ldm.data.latents import Stamp
 from ldm.data.sources import ShardCache, expand
 from ldm.data.stream import OrderedSamples, SampleStream, Source, batches, count_streams
@@ -23,6 +24,7 @@ from ldm.errors import UserError
 Shards = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(pl.LightningDataModule):
     """What data modules share: the position, the account of drops, the key log, the loaders.
 
@@ -42,45 +44,36 @@ class DataModule(pl.LightningDataModule):
         num_workers: reading processes of one rank; they change nothing but the speed.
         budget: share of samples that may be unusable before the run stops.
         log_keys: write run_dir/keys/rank<r>.jsonl, the keys of each step.
+        cache: brings remote shards here.
 
     Raises:
         UserError: a number out of range (here), ranks that cannot share a batch (in `setup`), too many bad samples (in
             `consumed`).
     """
 
-    val: "Ordered"  # the validation samples
-    stamp: Stamp | None  # of the latent cache that is read; None: pictures are
+    side: int
+    batch_size: int
+    steps: int
+    seed: int
+    val_batch_size: int
+    run_dir: str
+    val_samples: int | None = None
+    accumulate: int = 1
+    num_workers: int = 0
+    budget: float = 0.01
+    log_keys: bool = False
+    cache: ShardCache = field(default_factory=ShardCache)
 
-    def __init__(
-        self,
-        side: int,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        val_batch_size: int,
-        run_dir: str,
-        val_samples: int | None,
-        accumulate: int,
-        num_workers: int,
-        budget: float,
-        log_keys: bool,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        numbers = {"side": side, "batch_size": batch_size, "steps": steps, "val_batch_size": val_batch_size}
-        at_least_one(**numbers, accumulate=accumulate, **({} if val_samples is None else {"val_samples": val_samples}))
-        if num_workers < 0:
-            raise UserError(f"data.num_workers={num_workers}; expected 0 (read in the training process) or more")
-        self.side = side
-        self.batch_size, self.steps, self.seed = batch_size, steps, seed
-        self.val_batch_size, self.val_samples = val_batch_size, val_samples
-        self.run_dir = Path(run_dir)
-        self.accumulate, self.num_workers = accumulate, num_workers
-        self.log_keys = log_keys
+        self._at_least_one("side", "batch_size", "steps", "val_batch_size", "val_samples", "accumulate")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers={self.num_workers}; expected 0 (read in the training process) or more")
         self.samples_seen = 0  # over all ranks
         self.batches_seen = 0  # micro-batches of each rank
         self._cursors: dict[int, tuple[int, int]] = {}  # of this rank's streams; after a load, of all
-        self._tally = Tally(budget)  # of this rank since the load
-        self._before = Tally(budget)  # of all ranks before it
+        self._tally = Tally(self.budget)  # of this rank since the load
+        self._before = Tally(self.budget)  # of all ranks before it
         self._key_log: KeyLog | None = None
         self._step_keys: list[str] = []
 
@@ -176,6 +169,16 @@ class DataModule(pl.LightningDataModule):
         distributed.all_gather_object(parts, mine)
         return parts
 
+    @property
+    def val(self) -> "Ordered":
+        """The validation samples."""
+        raise NotImplementedError
+
+    @property
+    def stamp(self) -> Stamp | None:
+        """Of the latent cache that is read; None: pictures are."""
+        raise NotImplementedError
+
     def _order(self) -> dict[str, Any]:
         """What the order of the samples depends on."""
         raise NotImplementedError
@@ -187,13 +190,19 @@ class DataModule(pl.LightningDataModule):
     def _train_batches(self) -> Iterator[Batch]:
         rank, world = self._rank_and_world()
         if self.log_keys:  # not in setup: Lightning loads the position after it
-            self._key_log = KeyLog(self.run_dir / "keys", rank, world, self.batches_seen // self.accumulate)
+            self._key_log = KeyLog(Path(self.run_dir, "keys"), rank, world, self.batches_seen // self.accumulate)
         return islice(self._read(rank, world), max(0, self.steps * self.accumulate - self.batches_seen))
+
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"data.{name}={value}; expected 1 or more")
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
+@dataclass(eq=False, repr=False)
 class ShardDataModule(DataModule):
     """Training: an endless, shuffled, resumable stream (see stream.py). Validation: the first samples, in order, once.
 
@@ -204,7 +213,6 @@ class ShardDataModule(DataModule):
         decode: what a sample becomes.
         shuffle: samples permuted together within a shard; 1: none.
         max_streams: shards read at the same time, over all ranks.
-        cache: brings remote shards here; None: ~/.cache/ldm/shards.
         allow_pipe: take `pipe:COMMAND` as a shard, which runs COMMAND in a shell.
         how_to_make: the command that makes the shards, told when one is missing.
         others: see DataModule.
@@ -213,46 +221,17 @@ class ShardDataModule(DataModule):
         UserError: a number out of range (here), a missing shard, ranks and workers that cannot share the work (in `setup`).
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        val_shards: str | Sequence[str] | None,
-        side: int,
-        decode: Decode,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        val_batch_size: int,
-        run_dir: str,
-        val_samples: int | None = None,
-        accumulate: int = 1,
-        num_workers: int = 0,
-        shuffle: int = 1024,
-        max_streams: int = 64,
-        budget: float = 0.01,
-        log_keys: bool = False,
-        cache: ShardCache | None = None,
-        allow_pipe: bool = False,
-        how_to_make: str | None = None,
-    ) -> None:
-        super().__init__(
-            side,
-            batch_size,
-            steps,
-            seed,
-            val_batch_size,
-            run_dir,
-            val_samples,
-            accumulate,
-            num_workers,
-            budget,
-            log_keys,
-        )
-        at_least_one(shuffle=shuffle, max_streams=max_streams)
-        self.shards, self.val_shards, self.decode = shards, val_shards, decode
-        self.shuffle, self.max_streams = shuffle, max_streams
-        self.cache = cache or ShardCache("~/.cache/ldm/shards", 2**36)
-        self.allow_pipe, self.how_to_make = allow_pipe, how_to_make
+    shards: Shards
+    val_shards: str | Sequence[str] | None
+    decode: DecodeSample
+    shuffle: int = 1024
+    max_streams: int = 64
+    allow_pipe: bool = False
+    how_to_make: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("shuffle", "max_streams")
 
     @property
     def stamp(self) -> Stamp | None:
@@ -263,8 +242,7 @@ class ShardDataModule(DataModule):
     def sources(self) -> list[Source]:
         """The training shards."""
         if isinstance(self.shards, Mapping):
-            if self.val_shards is None:
-                raise UserError("data.shards names several sources; give data.val_shards=... as well")
+            assert self.val_paths  # of their own
             return [self._source(name, source) for name, source in self.shards.items()]
         paths = self._expand(self.shards)
         if self.val_shards is None and len(paths) < 2:
@@ -276,9 +254,11 @@ class ShardDataModule(DataModule):
     @cached_property
     def val_paths(self) -> list[str]:
         """The validation shards."""
-        if self.val_shards is None:
-            return self._expand(self.shards)[-1:]
-        return self._expand(self.val_shards)
+        if self.val_shards is not None:
+            return self._expand(self.val_shards)
+        if isinstance(self.shards, Mapping):
+            raise UserError("data.shards names several sources; give data.val_shards=... as well")
+        return self._expand(self.shards)[-1:]
 
     @cached_property
     def val(self) -> OrderedSamples:
@@ -334,13 +314,6 @@ class ShardDataModule(DataModule):
             cursors=self._cursors,
         )
         return batches(stream, self.num_workers)
-
-
-def at_least_one(**numbers: int) -> None:
-    """Raises UserError for a setting below 1."""
-    for name, value in numbers.items():
-        if value < 1:
-            raise UserError(f"data.{name}={value}; expected 1 or more")
 
 
 class Ordered(Protocol):

@@ -1,17 +1,20 @@
 """A sample's members -> the fields of a batch: what is known of it, the filters, the caption, then the picture."""
 
+import io
 from collections.abc import Callable, Mapping
 from copy import copy
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ldm import keyed_random
 from ldm.data.filters import Filter
 from ldm.data.schema import Record, normalize, parse
 from ldm.data.shards import BadSample
-from ldm.data.transforms import EXTENSIONS, DecodeImage, Picture
+from ldm.data.transforms import EXTENSIONS, DecodeImage, Frame, Picture
 from ldm.errors import UserError
 
 MAX_CAPTION_BYTES = 2**16
@@ -19,6 +22,7 @@ FILTERED = "filter/"  # such drops are wanted: they do not count against the bud
 
 Fields = dict[str, Any]  # name of a batch key -> this sample's tensor or string
 Decode = Callable[[str, dict[str, bytes], int], Fields]  # (key, {extension: bytes}, index) -> Fields; raises BadSample
+Field = Callable[[Mapping[str, bytes], Frame | None], Tensor]  # (members, the picture's or None) -> one field
 
 
 class Captions:
@@ -26,14 +30,15 @@ class Captions:
 
     Args:
         weights: name -> weight. A name is a member's extension (txt) or a field of the .json (blip_caption). The draw is
-            among those that the sample has.
+            among those that the sample has; one without a weight (None) is left out.
         seed: of the draw.
     """
 
-    def __init__(self, weights: Mapping[str, float], seed: int) -> None:
-        if not weights or min(weights.values()) <= 0:
+    def __init__(self, weights: Mapping[str, float | None], seed: int) -> None:
+        self.weights = {name: weight for name, weight in weights.items() if weight is not None}
+        if not self.weights or min(self.weights.values()) <= 0:
             raise UserError(f"data.captions={dict(weights)}; give at least one name, each with a weight above 0")
-        self.weights, self.seed = dict(weights), seed
+        self.seed = seed
 
     def __call__(self, members: Mapping[str, bytes], row: Mapping[str, Any], index: int) -> str:
         """Raises BadSample: "caption/missing", "/too long", "/not UTF-8", "/empty"."""
@@ -61,14 +66,63 @@ class Captions:
         return name
 
 
+class ClassNumber:
+    """A sample's class, out of its .cls member: a number in text, as webdataset's ImageNet has it.
+
+    Args:
+        classes: how many; a number is in 0 .. classes - 1.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def __call__(self, members: Mapping[str, bytes], frame: Frame | None) -> Tensor:
+        """() int64. Raises BadSample: "label/missing", "/not a number", "/out of range"."""
+        if "cls" not in members:
+            raise BadSample("label/missing")
+        try:
+            label = int(members["cls"])
+        except ValueError:
+            raise BadSample("label/not a number") from None
+        if not 0 <= label < self.classes:
+            raise BadSample("label/out of range")
+        return torch.tensor(label)
+
+
+class DepthMap:
+    """The depth of the whole picture as it is displayed, out of the .depth.npy member: (h, w) or (1, h, w) numbers in any
+    unit and of any resolution. It is resized, cropped and mirrored as the picture is.
+    """
+
+    def __call__(self, members: Mapping[str, bytes], frame: Frame | None) -> Tensor:
+        """(1, side, side) float32. Raises BadSample: "depth/missing", "/unreadable", "/wrong shape or type", "/not finite"."""
+        if frame is None:
+            raise UserError("data.decode.fields has a depth map, which goes with pictures: a latent cache has none")
+        if "depth.npy" not in members:
+            raise BadSample("depth/missing")
+        try:
+            depth = np.load(io.BytesIO(members["depth.npy"]), allow_pickle=False)
+        except Exception as error:  # NumPy's reader raises nearly anything on bad bytes
+            raise BadSample("depth/unreadable") from error
+        if not isinstance(depth, np.ndarray) or depth.dtype.kind not in "fiu" or depth.size == 0:
+            raise BadSample("depth/wrong shape or type")
+        if depth.ndim not in (2, 3) or depth.size != depth.shape[-2] * depth.shape[-1]:
+            raise BadSample("depth/wrong shape or type")
+        depth = depth.astype(np.float32).reshape(1, *depth.shape[-2:])
+        if not np.isfinite(depth).all():
+            raise BadSample("depth/not finite")
+        return frame(torch.from_numpy(depth))
+
+
 class DecodeSample:
-    """What shards of pictures and captions give: image, caption, original_size, crop.
+    """What shards of pictures and captions give: image, caption, original_size, crop, and further fields.
 
     Args:
         side, random_crop, random_flip, scaled_decode: see DecodeImage.
         captions: see Captions.
         filters: name -> filter, asked in this order before the picture is decoded.
         seed: of the draws.
+        fields: batch key -> what reads it, of every sample: {label: ClassNumber, depth: DepthMap}.
     """
 
     def __init__(
@@ -80,11 +134,12 @@ class DecodeSample:
         captions: Mapping[str, float] = MappingProxyType({"txt": 1.0}),
         filters: Mapping[str, Filter] = MappingProxyType({}),
         seed: int = 0,
+        fields: Mapping[str, Field] = MappingProxyType({}),
     ) -> None:
         self.image = DecodeImage(side, random_crop, random_flip, scaled_decode, seed)
-        self.captions, self.filters = Captions(captions, seed), dict(filters)
+        self.captions, self.filters, self.fields = Captions(captions, seed), dict(filters), dict(fields)
 
-    def without_augmentation(self) -> "DecodeSample":
+    def without_augmentation(self) -> Self:
         """The same pictures each time: center crop, no flip."""
         out = copy(self)
         out.image = DecodeImage(self.image.side, scaled_decode=self.image.scaled_decode)
@@ -101,7 +156,8 @@ class DecodeSample:
             "image": picture.pixels,
             "caption": caption,
             "original_size": torch.tensor(picture.size),
-            "crop": torch.tensor(picture.crop),
+            "crop": torch.tensor(picture.frame.crop),
+            **{name: read(members, picture.frame) for name, read in self.fields.items()},
         }
 
 

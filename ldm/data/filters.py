@@ -6,6 +6,7 @@ A config names them: `data.filters: {aesthetic: {...}}`, and their drops are cou
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.data.schema import NAMES, Record
 from ldm.errors import UserError
@@ -29,7 +30,7 @@ class Between:
         self.high = float("inf") if high is None else high
 
     def __call__(self, record: Record) -> bool:
-        value = record.get(self.field)
+        value: Any = record.get(self.field)
         return self.keep_missing if value is None else self.low <= value <= self.high
 
 
@@ -79,15 +80,11 @@ class OneOf:
         return self.keep_missing if value is None else value in self.values
 
 
-class NoneOf:
+class NoneOf(OneOf):
     """Drops samples whose field is one of `values` (MLPerf drops license "?")."""
 
-    def __init__(self, field: str, values: Collection[str], keep_missing: bool) -> None:
-        self.field, self.values, self.keep_missing = _known(field), frozenset(values), keep_missing
-
     def __call__(self, record: Record) -> bool:
-        value = record.get(self.field)
-        return self.keep_missing if value is None else value not in self.values
+        return self.keep_missing if record.get(self.field) is None else not super().__call__(record)
 
 
 class NotListed(NoneOf):

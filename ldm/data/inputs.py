@@ -9,10 +9,13 @@ import json
 import os
 import re
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +24,7 @@ from ldm.data.schema import NAMES, normalize, parse
 from ldm.data.shards import MAX_BYTES, BadSample
 from ldm.data.transforms import EXTENSIONS
 from ldm.errors import UserError
+from ldm.files import sha256
 
 # what cannot be read is an item too: a picture is dropped aloud, not passed over
 _PICTURES = (*EXTENSIONS, "gif", "bmp", "tif", "tiff", "avif", "heic", "jfif")
@@ -35,18 +39,27 @@ class Raw(NamedTuple):
     metadata: dict[str, Any]
 
 
+Row = dict[str, Any] | BadSample
+Contents = tuple[list[str], Sequence[Any]]  # of a table: names of columns, and an entry for each row
 Item = tuple[str, Callable[[], Raw]]  # what people call it; how to read it: raises BadSample
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Source:
     """Items in a fixed order. digest: changes when the items do; name: for people."""
 
     name: str
     digest: str
+    entries: Sequence[Any]  # one for each item
 
-    def __len__(self) -> int: ...
-    def part(self, start: int, stop: int) -> "Source": ...
-    def items(self) -> Iterator[Item]: ...
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def part(self, start: int, stop: int) -> Self:
+        return replace(self, entries=self.entries[start:stop])
+
+    def items(self) -> Iterator[Item]:
+        raise NotImplementedError
 
 
 def open_source(path: str | Path, image_column: str | None = None, caption_column: str | None = None) -> Source:
@@ -67,7 +80,11 @@ def open_source(path: str | Path, image_column: str | None = None, caption_colum
     elif path.is_file():
         if path.suffix.lower() not in _TABLES:
             raise UserError(f"{path} is not a folder or a table; expected one of {', '.join(_TABLES)}")
-        source = _TABLES[path.suffix.lower()](path, image_column, caption_column)
+        kind, read = _TABLES[path.suffix.lower()]
+        names, rows = read(path)
+        image = _column(path, names, image_column, _IMAGE_NAMES, "--image-column")
+        caption = _column(path, names, caption_column, NAMES["caption"], "--caption-column")
+        source = kind(str(path), sha256(path), rows, image, caption)
     else:
         raise UserError(f"there is no {path}; give a folder of pictures or a table ({', '.join(_TABLES)})")
     if not len(source):
@@ -75,23 +92,12 @@ def open_source(path: str | Path, image_column: str | None = None, caption_colum
     return source
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """Pictures, each with its caption in the .txt or the .json beside it."""
-
-    name: str
-    digest: str
-    paths: Sequence[str]  # relative
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def part(self, start: int, stop: int) -> "_Folder":
-        return replace(self, paths=self.paths[start:stop])
+class _Folder(Source):
+    """Pictures by their relative paths, each with its caption in the .txt or the .json beside it."""
 
     def items(self) -> Iterator[Item]:
-        for path in self.paths:
-            yield path, lambda path=path: self._read(path)
+        for path in self.entries:
+            yield path, partial(self._read, path)
 
     def _read(self, path: str) -> Raw:
         image = _file(Path(self.name, path), "image")
@@ -121,80 +127,56 @@ def _folder(path: Path) -> _Folder:
 
 
 @dataclass(frozen=True)
-class _Table:
+class _Table(Source):
     """Rows in memory, each naming its picture."""
 
-    name: str
-    digest: str
-    rows: Sequence[dict[str, Any] | BadSample]
     image: str
     caption: str
-    first: int = 1
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def part(self, start: int, stop: int) -> "_Table":
-        return replace(self, rows=self.rows[start:stop], first=self.first + start)
-
-    def items(self) -> Iterator[Item]:
-        for number, row in enumerate(self.rows, self.first):
-            yield _called(row, self.image, number), lambda row=row: _from_row(row, self)
-
-
-@dataclass(frozen=True)
-class _Parquet:
-    """Rows read where they are needed, a row group at a time: they may hold the pictures."""
-
-    name: str
-    digest: str
-    image: str
-    caption: str
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def part(self, start: int, stop: int) -> "_Parquet":
-        return replace(self, start=self.start + start, stop=min(self.start + stop, self.stop))
 
     def items(self) -> Iterator[Item]:
         for number, row in self._rows():
-            yield _called(row, self.image, number + 1), lambda row=row: _from_row(row, self)
+            yield _called(row, self.image, number), partial(self._raw, row)
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        try:
-            yield from self._read()
-        except (pa.ArrowException, OSError) as error:
-            raise _no_parquet(self.name, error) from None
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        """With their numbers, from 1."""
+        yield from self.entries
 
-    def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        with pq.ParquetFile(self.name) as file:
+    def _raw(self, row: Row) -> Raw:
+        if isinstance(row, BadSample):
+            raise row
+        value, caption = row.get(self.image), row.get(self.caption)
+        if caption is not None and not isinstance(caption, str):
+            raise BadSample("caption/not text")
+        metadata = {name: each for name, each in row.items() if name not in (self.image, self.caption)}
+        return Raw(_image(value, Path(self.name).parent), _encoded(caption), metadata)
+
+
+class _Parquet(_Table):
+    """Rows read where they are needed, a row group at a time: they may hold the pictures. entries: a range of places."""
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        with _parquet(self.name) as file:
             columns = [field.name for field in file.schema_arrow if field.name == self.image or not _holds_bytes(field)]
-            first = 0
-            for group in range(file.num_row_groups):
-                end = first + file.metadata.row_group(group).num_rows
-                if first < self.stop and end > self.start:
-                    for batch in file.iter_batches(64, [group], columns):
-                        for number, row in enumerate(batch.to_pylist(), first):
-                            if self.start <= number < self.stop:
-                                yield number, row
-                        first += len(batch)
-                first = end
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            starts = [0, *accumulate(sizes)]
+            mine = [i for i, (a, b) in enumerate(pairwise(starts)) if a <= self.entries[-1] and b > self.entries[0]]
+            batches = file.iter_batches(64, mine, columns)
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((place + 1, row) for place, row in enumerate(rows, starts[mine[0]]) if place in self.entries)
 
 
-def _parquet(path: Path, image: str | None, caption: str | None) -> _Parquet:
+@contextmanager
+def _parquet(path: str | Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
-            names, rows = file.schema_arrow.names, file.metadata.num_rows
+            yield file
     except (pa.ArrowException, OSError) as error:
-        raise _no_parquet(path, error) from None
-    return _Parquet(str(path), _digest(path), *_columns(path, names, image, caption), 0, rows)
+        raise UserError(f"{path} cannot be read as a Parquet table: {' '.join(str(error).split())}") from None
 
 
-def _no_parquet(path: str | Path, error: Exception) -> UserError:
-    return UserError(f"{path} cannot be read as a Parquet table: {' '.join(str(error).split())}")
+def _read_parquet(path: Path) -> Contents:
+    with _parquet(path) as file:
+        return file.schema_arrow.names, range(file.metadata.num_rows)
 
 
 def _holds_bytes(field: pa.Field) -> bool:
@@ -205,51 +187,40 @@ def _holds_bytes(field: pa.Field) -> bool:
     return any(_holds_bytes(kind.field(i)) for i in range(kind.num_fields))
 
 
-def _delimited(dialect: str) -> Callable[[Path, str | None, str | None], _Table]:
-    def open_table(path: Path, image: str | None, caption: str | None) -> _Table:
-        csv.field_size_limit(2**24)
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, dialect=dialect, strict=True)  # else a lone quote swallows lines in silence
-            try:
-                names = list(reader.fieldnames or [])
-                rows = [_checked(row) for row in reader]
-            except csv.Error as error:
-                raise UserError(f"{path} after line {reader.line_num}: {error}; mend the quotes there") from None
-        return _Table(str(path), _digest(path), rows, *_columns(path, names, image, caption))
-
-    return open_table
+def _read_delimited(dialect: str, path: Path) -> Contents:
+    csv.field_size_limit(2**24)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, dialect=dialect, strict=True)  # else a lone quote swallows lines in silence
+        try:
+            return list(reader.fieldnames or []), list(enumerate(map(_checked, reader), 1))
+        except csv.Error as error:
+            raise UserError(f"{path} after line {reader.line_num}: {error}; mend the quotes there") from None
 
 
-def _checked(row: dict[Any, Any]) -> dict[str, Any] | BadSample:
+def _checked(row: dict[Any, Any]) -> Row:
     """A row too short has None for a value, one too long has None for a name: who knows which value is whose?"""
     return BadSample("table/wrong columns") if None in row or None in row.values() else row
 
 
-def _json_lines(path: Path, image: str | None, caption: str | None) -> _Table:
-    rows: list[dict[str, Any] | BadSample] = []
-    for line in path.read_bytes().removeprefix(BOM_UTF8).splitlines():
-        if line.strip():
-            try:
-                rows.append(parse(line))
-            except BadSample as bad:
-                rows.append(bad)
-    names = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
-    return _Table(str(path), _digest(path), rows, *_columns(path, names, image, caption))
+def _read_json_lines(path: Path) -> Contents:
+    rows = [_parsed(line) for line in path.read_bytes().removeprefix(BOM_UTF8).splitlines() if line.strip()]
+    names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+    return list(names), list(enumerate(rows, 1))
 
 
-_TABLES: dict[str, Callable[[Path, str | None, str | None], Source]] = {
-    ".csv": _delimited("excel"),
-    ".tsv": _delimited("excel-tab"),
-    ".jsonl": _json_lines,
-    ".parquet": _parquet,
+def _parsed(line: bytes) -> Row:
+    try:
+        return parse(line)
+    except BadSample as bad:
+        return bad
+
+
+_TABLES: dict[str, tuple[type[_Table], Callable[[Path], Contents]]] = {
+    ".csv": (_Table, partial(_read_delimited, "excel")),
+    ".tsv": (_Table, partial(_read_delimited, "excel-tab")),
+    ".jsonl": (_Table, _read_json_lines),
+    ".parquet": (_Parquet, _read_parquet),
 }
-
-
-def _columns(path: Path, names: list[str], image: str | None, caption: str | None) -> tuple[str, str]:
-    return (
-        _column(path, names, image, _IMAGE_NAMES, "--image-column"),
-        _column(path, names, caption, NAMES["caption"], "--caption-column"),
-    )
 
 
 def _column(path: Path, names: list[str], chosen: str | None, usual: Sequence[str], option: str) -> str:
@@ -263,20 +234,10 @@ def _column(path: Path, names: list[str], chosen: str | None, usual: Sequence[st
     return found
 
 
-def _called(row: Mapping[str, Any] | BadSample, column: str, number: int) -> str:
+def _called(row: Row, column: str, number: int) -> str:
     value = None if isinstance(row, BadSample) else row.get(column)
     path = value.get("path") if isinstance(value, dict) else value
     return path if isinstance(path, str) and path else f"row {number}"
-
-
-def _from_row(row: Mapping[str, Any] | BadSample, table: _Table | _Parquet) -> Raw:
-    if isinstance(row, BadSample):
-        raise row
-    value, caption = row.get(table.image), row.get(table.caption)
-    if caption is not None and not isinstance(caption, str):
-        raise BadSample("caption/not text")
-    metadata = {name: each for name, each in row.items() if name not in (table.image, table.caption)}
-    return Raw(_image(value, Path(table.name).parent), _encoded(caption), metadata)
 
 
 def _image(value: Any, folder: Path) -> bytes:
@@ -319,8 +280,3 @@ def _stat(folder: str, name: str) -> os.stat_result | None:
         return os.stat(os.path.join(folder, name))
     except OSError:  # a link to nothing: counted when it is read
         return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,15 +13,12 @@ and scaling come after the cache.
 import io
 import json
 import math
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
-from copy import copy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,13 +26,12 @@ from torch import Tensor
 
 from ldm.data.accounts import Tally
 from ldm.data.decode import DecodeSample, Fields, passes
-from ldm.data.filters import Filter
 from ldm.data.schema import normalize, parse
 from ldm.data.shards import BadSample
 from ldm.errors import UserError
+from ldm.files import aside
 
 FORMAT = 1
-NO_BUDGET = 1.0  # encoding counts and tells its drops, whatever their share
 CACHED = "cached"  # in a sample's .json: {"original_size": [height, width], "crop": [top, left]}
 
 
@@ -81,7 +77,7 @@ class Stamp:
             if fields.pop("format") != FORMAT:
                 raise UserError(f"{path} is of another format than {FORMAT}: make it again with {command}")
             text = fields.pop("text")
-            moments = tuple(map(int, fields.pop("moments")))
+            moments: Any = tuple(map(int, fields.pop("moments")))
             return cls(moments=moments, text=text and TextStamp(**text), **fields)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); make it with {command}") from None
@@ -103,31 +99,21 @@ class DecodeLatents(DecodeSample):
         UserError: the cache cannot give what the others ask for (here), or shards are of another cache (when reading).
     """
 
-    def __init__(
-        self,
-        folder: str,
-        side: int,
-        random_crop: bool = False,
-        random_flip: bool = False,
-        scaled_decode: float | None = None,
-        captions: Mapping[str, float] = MappingProxyType({"txt": 1.0}),
-        filters: Mapping[str, Filter] = MappingProxyType({}),
-        seed: int = 0,
-    ) -> None:
-        super().__init__(side, random_crop, random_flip, scaled_decode, captions, filters, seed)
+    def __init__(self, folder: str, side: int, **others: Any) -> None:
+        super().__init__(side, **others)
         self.stamp = Stamp.read(folder)
-        fit_for(self.stamp, folder, side, random_flip)
-        if random_crop:
+        fit_for(self.stamp, folder, side, self.image.random_flip)
+        if self.image.random_crop:
             raise UserError(f"data.decode.random_crop=true, but {folder} holds center crops: set it false")
-        if self.stamp.text and list(captions) != ["txt"]:
+        if self.stamp.text and list(self.captions.weights) != ["txt"]:
             raise UserError(
-                f"data.decode.captions={dict(captions)}, but {folder} holds encodings of txt: give {{txt: 1}}"
+                f"data.decode.captions={self.captions.weights}, but {folder} holds encodings of txt: give {{txt: 1}}"
             )
         self.pictures = False
 
-    def without_augmentation(self) -> "DecodeLatents":
+    def without_augmentation(self) -> Self:
         """The same samples each time: no flip."""
-        out = copy(super().without_augmentation())
+        out = super().without_augmentation()
         out.pictures = True
         return out
 
@@ -155,6 +141,7 @@ class DecodeLatents(DecodeSample):
             "original_size": torch.tensor(size),
             "crop": torch.tensor(crop),
             **text,
+            **{name: read(members, None) for name, read in self.fields.items()},
         }
 
 
@@ -245,33 +232,32 @@ class CacheShard:
 
     def tally(self) -> Tally | None:
         """What a finished shard was made of; None: it is not finished."""
-        return Tally.from_report(json.loads(self.stats.read_text()), NO_BUDGET) if self.path.exists() else None
+        return Tally.from_report(json.loads(self.stats.read_text())) if self.path.exists() else None
 
     def write(self, samples: Iterable[tuple[str, Mapping[str, bytes]]], tally: Tally) -> None:
         """samples: (key, members); tally: what was written and what was dropped, once the last sample is there."""
-        aside = self.path.with_suffix(".tar.partial")
-        with tarfile.open(aside, "w") as tar:
+        partial = self.path.with_suffix(".tar.partial")
+        with tarfile.open(partial, "w") as tar:
             for key, members in samples:
                 for extension, data in members.items():
                     header = tarfile.TarInfo(f"{key}.{extension}")  # of 1970 and nobody
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
-        total = tally.delivered + sum(tally.dropped.values())
+        total = tally.delivered + tally.dropped.total()
         stats = {"count": total, "successes": tally.delivered, "failed_to_resize": 0, **tally.report()}
         _put(self.stats, (json.dumps(stats) + "\n").encode())
-        os.replace(aside, self.path)
+        partial.rename(self.path)
 
 
 def _put(path: Path, data: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    with aside(path) as partial:
+        partial.write_bytes(data)
 
 
 def cached_place(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Original size (height, width) and crop (top, left). Raises BadSample "latent/no size and crop"."""
     place = row.get(CACHED)
-    parts = (place.get("original_size"), place.get("crop")) if isinstance(place, dict) else ()
+    parts: Any = (place.get("original_size"), place.get("crop")) if isinstance(place, dict) else ()
     if not parts or any(type(p) is not list or len(p) != 2 or {type(v) for v in p} != {int} for p in parts):
         raise BadSample("latent/no size and crop")
     return parts

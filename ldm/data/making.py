@@ -18,11 +18,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from ldm.data.audit import table
 from ldm.data.decode import DecodeSample
 from ldm.data.inputs import Raw, Source
 from ldm.data.parallel import in_parallel
@@ -68,10 +67,8 @@ def make(source: Source, folder: str | Path, shard_size: int = 1000, workers: in
     """
     folder = Path(folder)
     ShardWriter(folder, shard_size)  # refuses a size
-    tasks = [
-        (number, source.part(start, start + shard_size))
-        for number, start in enumerate(range(0, len(source), shard_size))
-    ]
+    starts = range(0, len(source), shard_size)
+    tasks = [(number, source.part(start, start + shard_size)) for number, start in enumerate(starts)]
     made = Made()
     with _claimed(folder, {"format": _FORMAT, "digest": source.digest, "items": len(source), "shard_size": shard_size}):
         for part in in_parallel(partial(_make_shard, folder, shard_size), tasks, workers, f"{folder}"):
@@ -144,10 +141,8 @@ def _made(tar: Path, parquet: Path, stats: Path) -> Made:
     examples: dict[str, list[str]] = {}
     if dropped:
         for row in pq.read_table(parquet, columns=["error_message", "source_path"]).to_pylist():
-            names = examples.setdefault(row["error_message"], [])
-            if len(names) < EXAMPLES:
-                names.append(row["source_path"])
-        examples.pop(None, None)
+            if reason := row["error_message"]:
+                examples[reason] = [*examples.get(reason, []), row["source_path"]][:EXAMPLES]
     return Made(counts["count"], written, dropped, examples, [tar.stem] if written else [])
 
 
@@ -159,13 +154,8 @@ def show(made: Made, folder: str | Path, console: Console) -> None:
         highlight=False,
     )
     if made.dropped:
-        table = Table(box=SIMPLE_HEAD)
-        table.add_column("dropped because")
-        table.add_column("items", justify="right")
-        table.add_column("the first of them", overflow="fold")
-        for reason, count in made.dropped.most_common():
-            table.add_row(reason, f"{count:,}", Text("\n".join(made.examples[reason])))
-        console.print(table)
+        rows = [(why, f"{n:,}", "\n".join(made.examples[why])) for why, n in made.dropped.most_common()]
+        console.print(table(("dropped because", "items", "the first of them"), rows, "left"))
     if made.shards:
         shards = f"{Path(folder) / _braces(made.shards)}.tar"
         console.print(Text(f"train on them with  data.shards={shards}"), soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ldm.errors import UserError
 
@@ -37,13 +37,7 @@ def in_parallel(
         raise UserError(f"workers={workers}; expected 1 or more")
     workers = min(workers, len(tasks))
     run = map(function, tasks) if workers <= 1 else _in_pool(function, tasks, workers)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    )
+    columns = *Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn()
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield from bar.track(run, total=len(tasks), description=label)
@@ -69,5 +63,7 @@ def _prepare() -> None:
 
 def _end_with_parent() -> None:
     """Else the workers of a parent that was killed would wait forever, and hold its locks."""
-    wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)

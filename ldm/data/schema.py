@@ -54,7 +54,7 @@ def normalize(row: Mapping[str, Any]) -> Record:
         for alias in aliases:
             value = _number(lower.get(alias)) if _KINDS[name] is float else _text(lower.get(alias))
             if value is not None:
-                record[name] = value
+                record[name] = value  # type: ignore[literal-required]  # of NAMES
                 break
     return record
 

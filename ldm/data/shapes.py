@@ -141,6 +141,7 @@ def validation_scene(index: int, rng: np.random.Generator) -> Scene:
 
 def _held_out(scene: Scene) -> bool:
     (s,) = scene.shapes
+    assert scene.position is not None
     return is_held_out(s.shape, s.color, s.size, scene.position, scene.background)
 
 
@@ -195,31 +196,35 @@ _TWO = (
 )
 
 
+# what a caption may leave out: slot -> (how it says it, what it says)
+_OPTIONAL = {
+    "size": ("{} ", "size"),
+    "size2": ("{} ", "size2"),
+    "comma_size": (", {}", "size"),
+    "comma_position": (", {}", "position"),
+    "comma_on": (", on {}", "background"),
+    "at": (" at the {}", "position"),
+    "on": (" on {}", "background"),
+    "on_first": ("on {}, ", "background"),
+    "ground": (" on a {} background", "background"),
+}
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """States shape and color always; size, background and position nine times in ten each."""
 
     def maybe(text: str) -> str:
         return text if rng.random() < STATED else ""
 
-    first = scene.shapes[0]
-    size, background = maybe(first.size), maybe(scene.background)
-    position = maybe(scene.position) if scene.position else ""
-    words = {"shape": first.shape, "color": first.color, "size": f"{size} " if size else "", "relation": scene.relation}
-    words |= {"comma_size": f", {size}" if size else "", "comma_position": f", {position}" if position else ""}
-    words |= {"at": f" at the {position}" if position else "", "on": f" on {background}" if background else ""}
-    words |= {"ground": f" on a {background} background" if background else ""}
-    words |= {
-        "comma_on": f", on {background}" if background else "",
-        "on_first": f"on {background}, " if background else "",
-        "a": _article(size or first.color),
-    }
-    if len(scene.shapes) == 2:
-        second = scene.shapes[1]
-        size2 = maybe(second.size)
-        words |= {"shape2": second.shape, "color2": second.color, "size2": f"{size2} " if size2 else ""}
-        words |= {"a2": _article(size2 or second.color)}
+    first, second = scene.shapes[0], scene.shapes[-1]
+    words = {"shape": first.shape, "color": first.color, "relation": scene.relation or ""}
+    words |= {"size": maybe(first.size), "background": maybe(scene.background)}
+    words["position"] = maybe(scene.position) if scene.position else ""
+    words |= {"shape2": second.shape, "color2": second.color, "size2": maybe(second.size) if second != first else ""}
+    said = {slot: text.format(words[name]) if words[name] else "" for slot, (text, name) in _OPTIONAL.items()}
+    articles = {f"a{n}": _article(words[f"size{n}"] or words[f"color{n}"]) for n in ("", "2")}
     templates = _SINGLE if len(scene.shapes) == 1 else _TWO
-    return templates[rng.integers(len(templates))].format(**words)
+    return templates[rng.integers(len(templates))].format(**words | said | articles)
 
 
 def _article(word: str) -> str:
@@ -231,12 +236,8 @@ def _patterns() -> list[re.Pattern[str]]:
     words = {"shape": SHAPES, "color": COLORS, "size": SIZES, "position": POSITIONS, "relation": RELATIONS}
     words |= {"background": BACKGROUNDS}
     one = {f"{name}{n}": f"(?P<{name}{n}>{'|'.join(values)})" for name, values in words.items() for n in ("", "2")}
-    slots = {name: one[name] for name in ("shape", "color", "relation", "shape2", "color2")}
-    slots |= {"a": "an?", "a2": "an?", "size": f"(?:{one['size']} )?", "size2": f"(?:{one['size2']} )?"}
-    slots |= {"comma_size": f"(?:, {one['size']})?", "comma_position": f"(?:, {one['position']})?"}
-    slots |= {"at": f"(?: at the {one['position']})?", "on": f"(?: on {one['background']})?"}
-    slots |= {"ground": f"(?: on a {one['background']} background)?"}
-    slots |= {"comma_on": f"(?:, on {one['background']})?", "on_first": f"(?:on {one['background']}, )?"}
+    optional = {slot: f"(?:{text.format(one[name])})?" for slot, (text, name) in _OPTIONAL.items()}
+    slots = one | {"a": "an?", "a2": "an?"} | optional
     return [re.compile(template.format(**slots)) for template in (*_SINGLE, *_TWO)]
 
 
@@ -265,10 +266,8 @@ def parse(text: str) -> Stated:
             f"{text!r} is no caption of shapes; expected a phrasing of ldm/data/shapes.py, as in 'a small red star on black'"
         )
     said = match.groupdict()
-    shapes = [
-        tuple(said[f"{name}{n}"] for name in ("shape", "color", "size")) for n in ("", "2") if f"shape{n}" in said
-    ]
-    return Stated(tuple(shapes), said.get("position"), said.get("relation"), said.get("background"))
+    shapes = tuple((said[f"shape{n}"], said[f"color{n}"], said[f"size{n}"]) for n in ("", "2") if f"shape{n}" in said)
+    return Stated(shapes, said.get("position"), said.get("relation"), said.get("background"))
 
 
 def kind(text: str) -> str:
@@ -342,13 +341,34 @@ def write(folder: str | Path, train: int = 24_576, val: int = 1_536, side: int =
     manifest.write_text(json.dumps(request))
 
 
+def write_pictures(folder: str | Path, count: int, side: int = 32, seed: int = 0) -> None:
+    """Writes folder/00000.jpg and its caption, 00000.txt, and so on: as a person's own pictures lie, before `ldm shards make`.
+
+    Files that are there and the same are left alone: to `ldm shards make` they are then the same input.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        scene, text = _sample(seed, 0, i)
+        file = io.BytesIO()
+        Image.fromarray(render(scene, side)).save(file, "JPEG", quality=95, subsampling=0)
+        for path, data in ((folder / f"{i:05d}.jpg", file.getvalue()), (folder / f"{i:05d}.txt", text.encode())):
+            if not path.exists() or path.read_bytes() != data:
+                path.write_bytes(data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the captioned shapes as LAION-style shards.")
     parser.add_argument("folder")
     for name, default in (("train", 24_576), ("val", 1_536), ("side", 32), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--pictures", type=int, help="write so many pictures, each beside its .txt, and no shards")
+    given = vars(parser.parse_args())
     try:
-        write(**vars(parser.parse_args()))
+        if pictures := given.pop("pictures"):
+            write_pictures(given["folder"], pictures, given["side"], given["seed"])
+        else:
+            write(**given)
     except UserError as error:
         parser.error(str(error))
 

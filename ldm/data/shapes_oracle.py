@@ -1,6 +1,6 @@
 """Reads pictures of captioned shapes back from their pixels alone: the exact measure of text alignment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -70,16 +70,15 @@ def _read(
     alpha *= ndimage.binary_dilation(mask, iterations=2)
     side, area = len(alpha), max(float(alpha.sum()), 1e-6)  # 0: nothing but a color that no shape has
     y, x = ((np.arange(side) + 0.5) @ alpha.sum(axis=i) / area / side for i in (1, 0))
-    best = None
+    drawn = []
     for shape in SHAPES:
         unit_area, offset = _unit(shape)
         radius = (area / unit_area) ** 0.5 / side
         center = y - offset * radius
         error = float(np.square(coverage(shape, x, center, radius, side, samples=3) - alpha).sum())
-        if best is None or error < best[0]:
-            size = min(radii, key=lambda name: abs(radii[name] - radius))
-            best = (error, Seen(shape, color, size, float(x), float(center), radius))
-    return best[1]
+        drawn.append((error, Seen(shape, color, "", float(x), float(center), radius)))
+    best = min(drawn, key=lambda each: each[0])[1]
+    return replace(best, size=min(radii, key=lambda name: abs(radii[name] - best.radius)))
 
 
 def _misfit(core: np.ndarray, ground: np.ndarray, name: str) -> float:

@@ -93,7 +93,7 @@ def _files(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
                 start, wanted = end + _BLOCK, True
                 tar.offset = start - -size // _BLOCK * _BLOCK
             elif (header := tar.next()) is not None:
-                tar.members.clear()  # or it keeps them all
+                tar.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
                 name, start, size = header.name, header.offset_data, header.size
                 wanted = header.isreg() and not header.issparse()
             else:

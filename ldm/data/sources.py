@@ -33,6 +33,7 @@ from ldm.data.remote import DENIED, FETCHERS, NOT_FOUND, STORES, Meter, final_re
 from ldm.data.shards import BadSample
 from ldm.errors import UserError
 
+FOLDER = "~/.cache/ldm/shards"
 MAX_SHARDS = 1_000_000
 MAX_LIST = 2**28  # bytes of one list file
 MAX_SIDECAR = 2**26  # bytes
@@ -146,16 +147,16 @@ class ShardCache:
         UserError: a number out of range (here); a package that is missing, or a folder that cannot be used (when copying).
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int, retries: int = 4, timeout: float = 30.0) -> None:
+    def __init__(
+        self, folder: str | Path = FOLDER, max_bytes: int = 2**36, retries: int = 4, timeout: float = 30.0
+    ) -> None:
         if max_bytes < 1 or retries < 0 or not timeout > 0:
             raise UserError(
                 f"cache of max_bytes={max_bytes}, retries={retries}, timeout={timeout}; "
                 "expected 1 or more, 0 or more, more than 0 seconds"
             )
         self.folder = Path(folder).expanduser().absolute()
-        self.max_bytes = max_bytes
-        self.retries = retries
-        self.timeout = timeout
+        self.max_bytes, self.retries, self.timeout = max_bytes, retries, timeout
         self._absent: set[str] = set()  # side files that are not there
 
     def local(self, path: str) -> str:

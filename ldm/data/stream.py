@@ -15,9 +15,9 @@ Not of ranks, of workers, or of when the run was stopped. How:
     resume     a stream's cursor is (turn, position in the shard after shuffling): reading goes on from there.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, BinaryIO, NamedTuple
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from ldm import keyed_random
 from ldm.batch import Batch
+from ldm.data.accounts import Tally
 from ldm.data.decode import Decode, Fields
 from ldm.data.manifest import Item, complete, expected
 from ldm.data.remote import shown
@@ -57,7 +58,7 @@ class Place(NamedTuple):
 class Sample(NamedTuple):
     fields: Fields
     key: str
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple's
     cursor: tuple[int, int, int]
 
 
@@ -77,6 +78,7 @@ def count_streams(n_shards: int, max_streams: int, world: int) -> int:
     return streams
 
 
+@dataclass(eq=False)
 class SampleStream(IterableDataset[Batch]):
     """Yields rank `rank`'s part of each batch, forever; inside a DataLoader worker, that worker's part of it.
 
@@ -95,34 +97,24 @@ class SampleStream(IterableDataset[Batch]):
             together hold no usable sample.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        decode: Decode,
-        seed: int,
-        batch_size: int,
-        cache: ShardCache,
-        *,
-        shuffle: int = 1024,
-        max_streams: int = 64,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
-        cursors: Mapping[int, tuple[int, int]] | None = None,
-    ) -> None:
-        self.slots = count_streams(min(len(source.paths) for source in sources), max_streams, world)
-        assert batch_size % world == 0
-        self.sources = list(sources)
-        self.bounds = list(accumulate(source.weight for source in sources))
-        self.decode = decode
-        self.seed = seed
-        self.batch_size = batch_size
-        self.cache = cache
-        self.shuffle = max(1, shuffle)
-        self.rank = rank
-        self.world = world
-        self.start = start
-        self.cursors = dict(cursors or {})
+    sources: Sequence[Source]
+    decode: Decode
+    seed: int
+    batch_size: int
+    cache: ShardCache
+    _: KW_ONLY
+    shuffle: int = 1024
+    max_streams: int = 64
+    rank: int = 0
+    world: int = 1
+    start: int = 0
+    cursors: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.slots = count_streams(min(len(source.paths) for source in self.sources), self.max_streams, self.world)
+        assert self.batch_size % self.world == 0
+        self.bounds = list(accumulate(source.weight for source in self.sources))
+        self.cursors = dict(self.cursors)  # the giver's go on
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -131,12 +123,12 @@ class SampleStream(IterableDataset[Batch]):
         walks: dict[int, Iterator[Place]] = {}
         first = self.start
         while True:
-            drops = Drops()
+            drops = Tally()
             positions = [g for g in range(first, first + self.batch_size) if g % self.slots in own]
             yield collate([self._next(g, walks, drops) for g in positions], drops)
             first += self.batch_size
 
-    def _next(self, index: int, walks: dict[int, Iterator[Place]], drops: "Drops") -> Sample:
+    def _next(self, index: int, walks: dict[int, Iterator[Place]], drops: Tally) -> Sample:
         stream = self._source(index) * self.slots + index % self.slots
         walk = walks.setdefault(stream, self._walk(stream))
         last_turn = None
@@ -145,13 +137,13 @@ class SampleStream(IterableDataset[Batch]):
             try:
                 key, fields = _load(place.path, place.file, place.item, self.decode, index)
             except BadSample as bad:
-                drops.add(bad)
+                drops.drop(bad)
             else:
                 return Sample(fields, key, index, (stream, place.turn, place.position))
             if place.turn > last_turn:  # every shard was read from end to end: the next epoch would be the same
                 raise UserError(
                     f"none of the {self._shards_of(stream)} shards of stream {stream} ({shown(place.path)!r}, ...) holds a "
-                    f"usable sample; dropped: {dict(drops.counts)}; check the shards and the filters"
+                    f"usable sample; dropped: {dict(drops.dropped)}; check the shards and the filters"
                 )
         raise AssertionError("a walk has no end")
 
@@ -208,16 +200,16 @@ class OrderedSamples(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         """One sample as a batch of one, or of none when it is unusable. cursor: (0, 0, index)."""
         path, item = self.places[index]
-        drops = Drops()
+        drops = Tally()
         samples: list[Sample] = []
         try:
             with self.cache.open(path) as file:
                 key, fields = _load(path, file, item, self.decode, index)
             samples = [Sample(fields, key, index, (0, 0, index))]
         except BadSample as bad:
-            drops.add(bad)
+            drops.drop(bad)
         except OSError:
-            drops.add(BadSample("shard/unreadable"))
+            drops.drop(BadSample("shard/unreadable"))
         return collate(samples, drops)
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1, num_workers: int = 0) -> Iterator[Batch]:
@@ -232,14 +224,7 @@ class OrderedSamples(Dataset[Batch]):
 
 def batches(stream: SampleStream, num_workers: int) -> Iterator[Batch]:
     """The stream's batches, read by `num_workers` processes (0: this one). The same batches for any number."""
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),  # its own, or every epoch would take a draw from the global one
-    )
-    chunks = iter(loader)  # asks the workers in turn: num_workers chunks make one batch
+    chunks = read_batches(stream, num_workers)  # asks the workers in turn: num_workers chunks make one batch
     message = None
     while not message:
         try:
@@ -253,28 +238,34 @@ def batches(stream: SampleStream, num_workers: int) -> Iterator[Batch]:
     raise UserError(message)
 
 
-class Drops:
-    """Unusable samples: how many for each reason, and where the last of each was."""
+def read_batches(source: Dataset[Batch], num_workers: int, which: Iterable[Any] | None = None) -> Iterator[Batch]:
+    """source[which[0]], source[which[1]], ... or its own sequence, read by `num_workers` processes in turn (0: this one)."""
+    return iter(
+        DataLoader(
+            source,
+            batch_size=None,
+            sampler=which,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # its own, or every epoch would take a draw from the global one
+        )
+    )
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.where: dict[str, str] = {}
 
-    def add(self, bad: BadSample) -> None:
-        self.counts[bad.reason] += 1
-        self.where[bad.reason] = bad.where
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
-def collate(samples: Sequence[Sample], drops: Drops) -> Batch:
+def collate(samples: Sequence[Sample], drops: Tally) -> Batch:
     """Samples, perhaps none, and the drops met on the way -> one batch."""
     columns = {name: [sample.fields[name] for sample in samples] for name in (samples[0].fields if samples else ())}
-    stacked = {name: torch.stack(c) if isinstance(c[0], Tensor) else c for name, c in columns.items()}
+    stacked: Any = {name: torch.stack(c) if isinstance(c[0], Tensor) else c for name, c in columns.items()}
     return Batch(
         **stacked,
         key=[sample.key for sample in samples],
         index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         cursor=torch.tensor([sample.cursor for sample in samples], dtype=torch.int64).reshape(-1, 3),
-        dropped=dict(drops.counts),
+        dropped=dict(drops.dropped),
         dropped_where=drops.where,
     )
 
@@ -283,17 +274,16 @@ def merge(parts: Sequence[Batch]) -> Batch:
     """Parts of one batch -> the batch, in the order of the samples' indices."""
     if len(parts) == 1:
         return parts[0]
-    drops = Drops()
+    drops = Tally()
     for part in parts:
-        drops.counts.update(part["dropped"])
-        drops.where |= part["dropped_where"]
-    full = [part for part in parts if part["key"]]
+        drops.add(0, part["dropped"], part["dropped_where"])
+    full: list[Any] = [part for part in parts if part["key"]]
     if not full:
         return collate([], drops)
     order = torch.cat([part["index"] for part in full]).argsort()
     columns = {name: [part[name] for part in full] for name in full[0] if not name.startswith("dropped")}
-    merged = {name: _in_order(column, order) for name, column in columns.items()}
-    return Batch(**merged, dropped=dict(drops.counts), dropped_where=drops.where)
+    merged: Any = {name: _in_order(column, order) for name, column in columns.items()}
+    return Batch(**merged, dropped=dict(drops.dropped), dropped_where=drops.where)
 
 
 def _in_order(columns: Sequence[Any], order: Tensor) -> Any:
@@ -341,10 +331,4 @@ def _permutation(n: int, seed: int, purpose: str) -> list[int]:
     return KeyedRandom(seed, torch.arange(n)).uniform(purpose).argsort(stable=True).tolist()
 
 
-@lru_cache(maxsize=16)  # the streams of a process are within an epoch or two of each other
-def _shard_order(n: int, seed: int, purpose: str) -> list[int]:
-    return _permutation(n, seed, purpose)
-
-
-def _as_it_is(chunk: Batch) -> Batch:
-    return chunk
+_shard_order = lru_cache(maxsize=16)(_permutation)  # the streams of a process are within an epoch or two of each other

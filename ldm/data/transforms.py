@@ -1,6 +1,7 @@
 """Bytes of a sample -> a picture, or a BadSample that says why not."""
 
 import io
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +22,32 @@ MAX_ASPECT = 20  # a picture of 1 x 20000 would be resized to a million columns
 _ORIENTATION = 0x0112  # EXIF
 
 
+class Frame(NamedTuple):
+    """What is done to a picture, and to the maps that belong to it."""
+
+    side: int  # pixels of the result's sides
+    size: tuple[int, int]  # height and width that it is resized to
+    crop: tuple[int, int]  # top and left of the crop in the resized picture
+    mirrored: bool  # left to right, after the crop
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(C, H, W), uint8 or float, of any resolution -> (C, side, side)."""
+        if self.size != x.shape[1:]:  # on uint8: Pillow's result up to rounding, three to five times faster
+            x = functional.interpolate(x[None], self.size, mode="bicubic", antialias=True)[0]
+        top, left = self.crop
+        x = x[:, top : top + self.side, left : left + self.side]
+        return (x.flip(2) if self.mirrored else x).contiguous()
+
+
 class Picture(NamedTuple):
     """A decoded picture and what was done to it, as SDXL's size and crop conditioning wants it (Podell et al. 2023, 2.2)."""
 
     pixels: Tensor  # (3, side, side) uint8
     size: tuple[int, int]  # height and width before resizing
-    crop: tuple[int, int]  # top and left of the crop in the resized picture
+    frame: Frame
 
 
+@dataclass
 class DecodeImage:
     """Encoded picture -> RGB: short side resized to `side` (bicubic, antialiased), then a square crop.
 
@@ -43,20 +62,15 @@ class DecodeImage:
         seed: of the draws.
     """
 
-    def __init__(
-        self,
-        side: int,
-        random_crop: bool = False,
-        random_flip: bool = False,
-        scaled_decode: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        if scaled_decode is not None and scaled_decode < 1:
-            raise UserError(f"data.scaled_decode={scaled_decode}; give 1 or more (2 is nearly exact), or null")
-        self.side = side
-        self.random_crop, self.random_flip = random_crop, random_flip
-        self.scaled_decode = scaled_decode
-        self.seed = seed
+    side: int
+    random_crop: bool = False
+    random_flip: bool = False
+    scaled_decode: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scaled_decode is not None and self.scaled_decode < 1:
+            raise UserError(f"data.scaled_decode={self.scaled_decode}; give 1 or more (2 is nearly exact), or null")
 
     def __call__(self, data: bytes, index: int) -> Picture:
         """Raises BadSample: "image/empty", "/not an image", "/too large", "/too narrow", "/truncated"."""
@@ -66,13 +80,9 @@ class DecodeImage:
         height, width = pixels.shape[1:]
         scale = self.side / min(height, width)
         size = (max(self.side, round(height * scale)), max(self.side, round(width * scale)))
-        if size != (height, width):  # on uint8: Pillow's result up to rounding, three to five times faster
-            pixels = functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
         top, left = (self._place(extent - self.side, index, axis) for axis, extent in enumerate(size))
-        pixels = pixels[:, top : top + self.side, left : left + self.side]
-        if self.mirrored(index):
-            pixels = pixels.flip(2)
-        return Picture(pixels.contiguous(), original, (top, left))
+        frame = Frame(self.side, size, (top, left), self.mirrored(index))
+        return Picture(frame(pixels), original, frame)
 
     def mirrored(self, index: int) -> bool:
         """Whether this sample is flipped, left to right."""

@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -35,7 +34,7 @@ class ShardWriter:
         self.folder, self.shard_size = Path(folder), shard_size
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shard, self.rows = first, list[dict[str, Any]]()
-        self.tar: webdataset.TarWriter | None = None
+        self.tar: Any = None  # webdataset.TarWriter, once the shard has a sample
 
     def write(self, image: bytes, extension: str, caption: str, metadata: Mapping[str, Any] | None = None) -> str:
         """image: encoded; extension: "jpg" or "png"; metadata: plain data, into the json, where it may say the original size
@@ -90,7 +89,9 @@ class ShardWriter:
         if self.tar is not None:
             self._close()
             endings.append(".tar")
-        pq.write_table(_table(self.rows), self._path(".parquet.partial"))
+        names = dict.fromkeys(name for row in self.rows for name in row)  # all columns that any row has
+        table = pa.table({name: _column([row.get(name) for row in self.rows]) for name in names})
+        pq.write_table(table, self._path(".parquet.partial"))
         reasons = Counter(row["error_message"] or "success" for row in self.rows)
         stats = {"count": len(self.rows), "successes": reasons["success"], "failed_to_resize": 0}
         self._path("_stats.json.partial").write_text(json.dumps(stats | {"status_dict": dict(reasons)}))
@@ -101,9 +102,7 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._finish()
         elif self.tar is not None:
@@ -116,12 +115,6 @@ def _size(image: bytes) -> tuple[int, int]:
     opened = Image.open(io.BytesIO(image))
     width, height = opened.size
     return (height, width) if opened.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    """All columns that any row has."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 
 
 def _column(values: list[Any]) -> pa.Array:

@@ -66,7 +66,9 @@ def _model_of(run: Path, weights: str) -> Model:
     cfg = config.run_config(run)
     module, _ = config.load_run(run)
     if weights == "raw":
-        checkpoint = checkpointing.read(checkpointing.newest(run))
+        newest = checkpointing.newest(run)
+        assert newest is not None  # or there were no run to load
+        checkpoint = checkpointing.read(newest)
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
     _expect(module, LatentDiffusionModule, "model")
@@ -103,7 +105,7 @@ def _expect(value: Any, kinds: type | tuple[type, ...], name: str) -> None:
 
 def _indexed(label: Any) -> Linear:
     """The schedule whose index a noise label is."""
-    schedule = getattr(label, "__self__", None) or next(iter(getattr(label, "args", ())), None)
+    schedule: Any = getattr(label, "__self__", None) or next(iter(getattr(label, "args", ())), None)
     if type(schedule) not in SCHEDULES.values():
         raise UserError(
             "model.parameterization.noise_label is not the index of a Linear or ScaledLinear schedule, which is what others "
@@ -124,7 +126,7 @@ def texts(conditioner: nn.Module, node: Any) -> tuple[list[Text], SizeCrop | Non
     _expect(encoder, ConcatText if sizes else (CLIPText, OpenCLIPText), f"{where}.encoder")
     encoders = list(encoder.encoders) if sizes else [encoder]
     nodes = list(node.groups[0]) if sizes else [node]
-    wanted = {
+    wanted: dict[str, tuple[Any, list[Any]]] = {
         "pooled": (conditioner.pooled, [bool(sizes)]),
         "to_null": (type(conditioner.to_null), [nn.Identity, Zeros] if sizes else [nn.Identity]),
     }

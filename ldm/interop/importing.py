@@ -9,6 +9,7 @@ import torch
 from ldm import config
 from ldm.diffusion.parameterization import Eps, V
 from ldm.errors import UserError
+from ldm.files import aside
 from ldm.interop.files import write_text
 from ldm.interop.sources import Model
 from ldm.training import ema
@@ -108,6 +109,5 @@ def _save(checkpoint: dict[str, Any], out: Path) -> None:
     """Last, so that an import that was cut short has no checkpoint."""
     path = out / "checkpoints" / "step_00000000.ckpt"
     path.parent.mkdir()
-    aside = path.with_suffix(".partial")
-    torch.save(checkpoint, aside)
-    aside.rename(path)
+    with aside(path) as partial:
+        torch.save(checkpoint, partial)

@@ -4,6 +4,7 @@ A map is made by walking a network, so it holds every entry of its state dict, w
 """
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -112,52 +113,46 @@ def _keys(network: nn.Module, renames: dict[str, str]) -> dict[str, str]:
     return {key: theirs(key) for key in network.state_dict()}
 
 
-# open_clip's text transformer -> transformers' CLIPTextModel, leaf by leaf
+# open_clip's text transformer -> transformers' CLIPTextModel, by parts of names
 _OPEN_CLIP = {
-    "token_embedding": "embeddings.token_embedding",
-    "ln_final": "final_layer_norm",
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+    "transformer.resblocks.": "encoder.layers.",
+    "token_embedding.": "embeddings.token_embedding.",
+    "ln_final.": "final_layer_norm.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".attn.": ".self_attn.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
 }
+_WHOLE = {"positional_embedding": "embeddings.position_embedding.weight", "text_projection": "text_projection.weight"}
+
+
+def _replaced(name: str, parts: dict[str, str]) -> str:
+    return reduce(lambda text, pair: text.replace(*pair), parts.items(), name)
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """open_clip's names -> transformers': its q, k and v are one matrix, its projection is transposed."""
     out = {}
     for key, value in state.items():
-        stem, _, leaf = key.rpartition(".")
-        where, _, part = stem.removeprefix("transformer.resblocks.").partition(".")
-        block = f"encoder.layers.{where}" if where.isdigit() else ""
-        if leaf.startswith("in_proj_"):
-            for name, rows in zip("qkv", value.chunk(3), strict=True):
-                out[f"{block}.self_attn.{name}_proj.{leaf.removeprefix('in_proj_')}"] = rows.contiguous()
-        elif key == "positional_embedding":
-            out["embeddings.position_embedding.weight"] = value
-        elif key == "text_projection":
-            out["text_projection.weight"] = value.T.contiguous()
+        name = _WHOLE.get(key) or _replaced(key, _OPEN_CLIP)
+        if "in_proj_" in name:
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                out[name.replace("in_proj_", f"{part}_proj.")] = rows.contiguous()
         else:
-            out[".".join(filter(None, (block, _OPEN_CLIP[part or where], leaf)))] = value
+            out[name] = value.T.contiguous() if key == "text_projection" else value
     return out
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_open_clip`."""
-    names = {theirs: ours for ours, theirs in _OPEN_CLIP.items()}
+    parts, whole = ({theirs: ours for ours, theirs in names.items()} for names in (_OPEN_CLIP, _WHOLE))
     out = {}
     for key, value in state.items():
-        stem, _, leaf = key.rpartition(".")
-        where, _, part = stem.removeprefix("encoder.layers.").partition(".")
-        block = f"transformer.resblocks.{where}" if where.isdigit() else ""
-        if part.endswith(".q_proj"):
-            rows = [state[f"encoder.layers.{where}.self_attn.{name}_proj.{leaf}"] for name in "qkv"]
-            out[f"{block}.attn.in_proj_{leaf}"] = torch.cat(rows)
-        elif stem == "embeddings.position_embedding":
-            out["positional_embedding"] = value
-        elif stem == "text_projection":
-            out["text_projection"] = value.T.contiguous()
-        elif not part.endswith(("k_proj", "v_proj")):
-            out[".".join(filter(None, (block, names[part if block else stem], leaf)))] = value
+        name = whole.get(key) or _replaced(key, parts)
+        if ".q_proj." in name:
+            rows = [state[key.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            out[name.replace("q_proj.", "in_proj_")] = torch.cat(rows)
+        elif not any(part in name for part in (".k_proj.", ".v_proj.")):
+            out[name] = value.T.contiguous() if name == "text_projection" else value
     return out

@@ -12,13 +12,13 @@ Config = dict[str, Any]  # diffusers' config.json
 State = dict[str, Tensor]
 
 # what our networks do not vary; diffusers' default wherever a config.json does not say it
-_UNET = {
+_UNET: Config = {
     "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5,
     "downsample_padding": 1, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "dropout": 0.0,
     "time_embedding_type": "positional", "attention_type": "default", "conv_in_kernel": 3, "conv_out_kernel": 3,
     "resnet_out_scale_factor": 1.0, "addition_embed_type_num_heads": 64,
 }  # fmt: skip
-_UNET_DEFAULTS = {
+_UNET_DEFAULTS: Config = {
     "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "transformer_layers_per_block": 1, "norm_num_groups": 32,
     "only_cross_attention": False, "use_linear_projection": False, "attention_head_dim": 8, "cross_attention_dim": 1280,
     "resnet_time_scale_shift": "default",
@@ -26,8 +26,19 @@ _UNET_DEFAULTS = {
 _PER_LEVEL = ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention", "cross_attention_dim",
               "layers_per_block")  # fmt: skip
 _UNET_FREE = ("sample_size", "upcast_attention", "addition_time_embed_dim")  # sizes and precisions, not structure
-_VAE = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
-_VAE_DEFAULTS = {"layers_per_block": 1, "norm_num_groups": 32, "latent_channels": 4, "mid_block_add_attention": True}
+_VAE: Config = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "silu",
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+_VAE_DEFAULTS: Config = {
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "latent_channels": 4,
+    "mid_block_add_attention": True,
+}
 _VAE_FREE = ("sample_size", "force_upcast", "scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -62,7 +73,13 @@ def unet_arguments(config: Config) -> Arguments:
 
 def unet_config(arguments: Arguments) -> Config:
     """UNet2DConditionModel's config. Raises UserError naming the argument that it has no room for."""
-    given = {"vector_channels": 0, "vector_levels": 0, "groups": 32, "heads": None, "head_dim": None} | arguments
+    given: Config = {
+        "vector_channels": 0,
+        "vector_levels": 0,
+        "groups": 32,
+        "heads": None,
+        "head_dim": None,
+    } | arguments
     widths = [multiplier * given["channels"] for multiplier in given["multipliers"]]
     depths, middle = list(given["depths"]), given["middle_depth"]
     plain = {"coordinates": False, "noise_scale": 1.0}
@@ -112,7 +129,7 @@ def autoencoder_arguments(config: Config) -> Arguments:
 
 def autoencoder_config(arguments: Arguments) -> Config:
     """diffusers' AutoencoderKL's config, without its scaling factor."""
-    given = {"blocks": 2, "attention": None, "middle_attention": True, "groups": 32} | arguments
+    given: Config = {"blocks": 2, "attention": None, "middle_attention": True, "groups": 32} | arguments
     kinds = ["Attn" if each else "" for each in given["attention"] or [False] * len(given["multipliers"])]
     return _VAE | {
         "_class_name": "AutoencoderKL",
@@ -224,4 +241,4 @@ def _count(state: State, prefix: str) -> int:
 
 def _attends_to_itself(state: State, attention: str) -> bool:
     key, query = (state.get(f"{attention}.to_{name}.weight") for name in "kq")
-    return key is None or key.shape[1] == query.shape[1]
+    return key is None or query is None or key.shape[1] == query.shape[1]

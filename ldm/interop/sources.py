@@ -117,20 +117,17 @@ def read_weights(path: Path, notes: list[str]) -> State:
             f"{path} holds more than tensors, or is damaged ({type(error).__name__}: {reason}); nothing in it was "
             "executed. Give the model's .safetensors file"
         ) from error
-    clean = {}
     for key, value in state.items():
-        name = key.removeprefix("module.").replace("_orig_mod.", "")
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {key} is a {type(value).__name__}, not a tensor")
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{path}: {key} holds NaN or infinite values")
-        clean[name] = value.float() if value.is_floating_point() else value
-    stripped = sum(a != b for a, b in zip(state, clean, strict=True)) if len(state) == len(clean) else -1
-    if stripped < 0:
+    clean = {key.removeprefix("module.").replace("_orig_mod.", ""): value for key, value in state.items()}
+    if len(clean) < len(state):
         raise UserError(f"{path} holds a key twice: with and without the prefix module. or _orig_mod.")
-    if stripped:
+    if stripped := len(clean.keys() - state.keys()):
         notes.append(f"{path.name}: stripped module. or _orig_mod. from {stripped} keys")
-    return clean
+    return {key: value.float() if value.is_floating_point() else value for key, value in clean.items()}
 
 
 def fit(network: nn.Module, state: State, what: str) -> State:
@@ -148,11 +145,8 @@ def fit(network: nn.Module, state: State, what: str) -> State:
 def _fit_text(text: Text, what: str) -> Text:
     network = on_meta(CLIPText, {"config": text.config, "projection": "text_projection.weight" in text.state}).model
     prefix = "text_model." if hasattr(network, "text_model") else ""  # versions and classes of transformers differ
-    fit(
-        network,
-        {key if key.startswith("text_proj") else prefix + key: value for key, value in text.state.items()},
-        what,
-    )
+    named = {key if key.startswith("text_proj") else prefix + key: value for key, value in text.state.items()}
+    fit(network, named, what)
     return text
 
 
@@ -193,7 +187,7 @@ def _folder(folder: Path, prediction: str | None) -> Model:
 def _schedule(config: Config) -> tuple[str, Linear]:
     """(prediction, schedule) of a scheduler's config."""
     kinds, given = {theirs: ours for ours, theirs in PREDICTIONS.items()}, config.get("prediction_type", "epsilon")
-    known = {"prediction_type": kinds, "beta_schedule": SCHEDULES}
+    known: dict[str, dict[str, Any]] = {"prediction_type": kinds, "beta_schedule": SCHEDULES}
     for key, value in {"prediction_type": given, "beta_schedule": config["beta_schedule"]}.items():
         if value not in known[key]:
             raise UserError(f"scheduler_config.json: {key}={value} is not known; it may be {' or '.join(known[key])}")

@@ -5,17 +5,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ldm.batch import Batch
 from ldm.data.accounts import Tally
 from ldm.data.decode import MAX_CAPTION_BYTES, Captions, Fields, decode_picture
 from ldm.data.latents import (
     CACHED,
-    NO_BUDGET,
     CacheShard,
     Stamp,
     TextStamp,
@@ -80,13 +79,13 @@ class CacheEncoder:
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         stamp = self._begin(shards, out)
-        total = Tally(NO_BUDGET)
+        total = Tally()
 
         def encode(number: int) -> Tally:
             shard = CacheShard(out, number)
             tally = shard.tally()
             if tally is None:
-                tally = Tally(NO_BUDGET)
+                tally = Tally()
                 shard.write(self._samples(shards[number], stamp, cache, tally), tally)
             return tally
 
@@ -98,20 +97,21 @@ class CacheEncoder:
     def _begin(self, shards: Sequence[str], out: Path) -> Stamp:
         z, height, width = self.first_stage.latent_shape(self.side)
         names = ["/".join(Path(path).parts[-2:]) for path in shards]  # the last two: a data folder may move
-        null = self.text([""]) if self.text else None
+        null: Any = self.text([""]) if self.text else None
+        sizes: Any = (*null[0].shape[1:], null[2].shape[1]) if null else ()
         stamp = Stamp(
             first_stage=digest(self.first_stage.encoder_state()),
             side=self.side,
             moments=(1 + self.flip, 2 * z, height, width),
             shards=len(shards),
             source=hashlib.sha256(json.dumps(names).encode()).hexdigest(),
-            text=TextStamp(text_digest(self.text), *null[0].shape[1:], null[2].shape[1]) if null else None,
+            text=TextStamp(text_digest(self.text), *sizes) if self.text else None,
         )
         if (out / "cache.json").exists():
             _refuse_another_stamp(Stamp.read(out), stamp, out)
         elif any(out.glob("*.tar")):
             raise UserError(f"{out} holds shards that are no latent cache: give a folder of its own")
-        if null:
+        if stamp.text:
             write_null(out, pack_text(stamp.text, *(part[0] for part in null)))
         stamp.write(out)
         return stamp
@@ -139,7 +139,7 @@ class CacheEncoder:
                     yield key, members
 
     @torch.no_grad()
-    def _encode(self, batch: Batch, stamp: Stamp) -> list[tuple[str, dict[str, bytes] | BadSample]]:
+    def _encode(self, batch: Any, stamp: Stamp) -> list[tuple[str, dict[str, bytes] | BadSample]]:
         """(key, members), one for each sample."""
         images = batch["image"].to(self.first_stage.mean.device)
         views = [images, images.flip(3)][: stamp.moments[0]]
@@ -147,10 +147,10 @@ class CacheEncoder:
         captions = {i: caption for i, caption in enumerate(batch["caption"]) if caption}
         encoded = self.text(list(captions.values())) if self.text and captions else ()
         texts = dict(zip(captions, zip(*encoded, strict=True), strict=False))
-        out = []
+        out: list[tuple[str, dict[str, bytes] | BadSample]] = []
         for i, (key, members) in enumerate(zip(batch["key"], batch["members"], strict=True)):
             try:
-                text = pack_text(stamp.text, *texts[i]) if i in texts else {}
+                text = pack_text(stamp.text, *texts[i]) if stamp.text and i in texts else {}
                 out.append((key, {stamp.name(): to_npy(finite(moments[i])), **members, **text}))
             except BadSample as bad:
                 out.append((key, bad))
@@ -167,7 +167,7 @@ class DecodeSource:
         """Raises BadSample: "image/...", "json/..."."""
         row = parse(members.get("json"))
         picture = decode_picture(self.image, members, normalize(row), index)
-        row |= {CACHED: {"original_size": list(picture.size), "crop": list(picture.crop)}}
+        row |= {CACHED: {"original_size": list(picture.size), "crop": list(picture.frame.crop)}}
         kept = {
             name: data for name, data in members.items() if name not in EXTENSIONS and len(data) <= MAX_CAPTION_BYTES
         }
