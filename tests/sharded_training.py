@@ -132,8 +132,8 @@ def train(case: Case, shards: str, val: str, out: Path, name: str) -> None:
     folder = out / name
     decode, run_dir = DecodeSample(SIDE), str(folder)
     data = ShardDataModule(
-        shards, val, SIDE, decode, BATCH, case.steps, seed=3, val_batch_size=2, val_samples=5, run_dir=run_dir,
-        log_keys=True, accumulate=case.accumulate,
+        shards, val, decode, side=SIDE, batch_size=BATCH, steps=case.steps, seed=3, val_batch_size=2, val_samples=5,
+        run_dir=run_dir, log_keys=True, accumulate=case.accumulate,
     )  # fmt: skip
     averages = [EMA(0.9), PowerEMA(run_dir, [0.05, 0.1], every=5, dtype="float32")]
     trainer = pl.Trainer(

@@ -70,9 +70,9 @@ def test_the_loss_on_the_cache_is_the_loss_on_the_pictures(source: str, cache: P
         assert a.keys() - b.keys() == {"image"}
         assert (a["caption"], a["key"]) == (b["caption"], b["key"])
         assert all(torch.equal(a[name], b[name]) for name in ("index", "original_size", "crop", "cursor"))
-        loss = module().training_step(a, 0)
-        assert module().training_step(b, 0).item() == pytest.approx(loss.item(), rel=1e-3)
-        assert without_encoder.training_step(b, 0).item() == pytest.approx(loss.item(), rel=1e-3)
+        loss = module().training_step(a, 0)["loss"]
+        assert module().training_step(b, 0)["loss"].item() == pytest.approx(loss.item(), rel=1e-3)
+        assert without_encoder.training_step(b, 0)["loss"].item() == pytest.approx(loss.item(), rel=1e-3)
         z, same, other = (first_stage().latents(batch, KeyedRandom(0, batch["index"])) for batch in (a, b, c))
         torch.testing.assert_close(same, z, rtol=1e-3, atol=1e-3)
         mirrored = KeyedRandom(3, a["index"]).uniform("flip") < 0.5
@@ -90,7 +90,7 @@ def test_training_through_the_cache_reaches_the_same_weights(source: str, cache:
         optimizer = torch.optim.SGD(trained.denoiser.parameters(), 1e-2)
         for batch in islice(stream(spec, decode), 20):
             optimizer.zero_grad()
-            loss = trained.training_step(batch, 0)
+            loss = trained.training_step(batch, 0)["loss"]
             loss.backward()
             optimizer.step()
         ends.append(loss.item())
@@ -210,7 +210,9 @@ def test_a_cache_of_another_first_stage_is_refused(cache: Path):
 
 def test_the_data_module_shows_the_stamp(cache: Path):
     def data(decode: Any) -> ShardDataModule:
-        return ShardDataModule(of(cache), None, SIDE, decode, 8, 1, 0, 8, run_dir=str(cache / "run"))
+        return ShardDataModule(
+            of(cache), None, decode, side=SIDE, batch_size=8, steps=1, seed=0, val_batch_size=8, run_dir="unused"
+        )
 
     assert data(DecodeLatents(str(cache), SIDE)).stamp == Stamp.read(cache)
     assert data(DecodeSample(SIDE)).stamp is None

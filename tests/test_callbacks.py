@@ -4,16 +4,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
 from tiny import batch, latent_diffusion, silent
+from torch.utils.data import DataLoader
 
 from ldm.batch import Batch, to_uint8
 from ldm.data.accounts import Tally
+from ldm.errors import UserError
 from ldm.evaluation.features import PooledPixels
 from ldm.evaluation.metrics import FrechetDistance
-from ldm.training.callbacks import DataPosition, GenerationScores, Pictures, ReconstructionGrid, SampleGrid
+from ldm.training.callbacks import (
+    DataPosition,
+    GenerationScores,
+    LossBySigma,
+    Pictures,
+    RawValidation,
+    ReconstructionGrid,
+    SampleGrid,
+)
+from ldm.training.ema import EMA
 
 
 def trainer(**changes: object) -> SimpleNamespace:
@@ -127,3 +139,38 @@ def test_a_few_samples_are_scored_at_each_validation(tmp_path: Path, monkeypatch
         validate(callback, trainer(global_step=step), module, parts)
         assert logged == {"val/frechet/pixels1": pytest.approx(expected.compute()["frechet/pixels1"], rel=1e-6)}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loss_by_noise_level_is_the_mean_of_each_level_s_samples():
+    logged: dict[str, float] = {}
+    module = SimpleNamespace(log_dict=lambda values, **_: logged.update(values))
+    outputs = {"losses": torch.tensor([1.0, 2.0, 4.0, 8.0]), "sigma": torch.tensor([0.05, 2.0, 3.0, 50.0])}
+    stub = trainer(
+        log_every_n_steps=10, accumulate_grad_batches=2, strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums)
+    )
+    callback = LossBySigma([0.1, 1.0, 10.0])
+    callback.on_train_batch_end(stub, module, outputs, batch(4), 0)  # the first half of a step
+    assert logged == {}
+    callback.on_train_batch_end(stub, module, outputs, batch(4), 1)
+    assert logged == {"train/loss_sigma/below": 1.0, "train/loss_sigma/1": 3.0, "train/loss_sigma/10": 8.0}
+    with pytest.raises(UserError, match=r"edges=\[1, 0.5\]; give ascending noise levels"):
+        LossBySigma([1, 0.5])
+
+
+def test_raw_and_averaged_weights_are_validated_alike():
+    """Under the same weights the two passes give the same losses, and with others each sees its own."""
+    data = DataLoader([batch(3), batch(2, start=3)], batch_size=None)
+    for decay, same in ((0.0, True), (0.9, False)):
+        module, found = latent_diffusion(), {}
+        read = pl.Callback()
+        read.on_validation_end = lambda trainer, module, found=found: found.update(trainer.callback_metrics)
+        pl.Trainer(
+            accelerator="cpu", max_steps=2, val_check_interval=2, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            callbacks=[RawValidation(), EMA(decay), read],
+        ).fit(module, data, data)  # fmt: skip
+        raw, averaged = (
+            {k.split("/")[-1]: float(v) for k, v in found.items() if k.startswith(p)} for p in ("val/raw", "val/loss")
+        )
+        assert raw.keys() == averaged.keys()
+        assert all((raw[name] == pytest.approx(averaged[name], rel=1e-5)) is same for name in raw)

@@ -2,6 +2,7 @@ import hashlib
 import json
 import resource
 import shutil
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 
 from ldm.errors import UserError
 from ldm.training import interrupt
-from ldm.training.checkpointing import Checkpoint, by_step, find_damage, newest, read, resume_from, step_of
+from ldm.training.checkpointing import Checkpoint, best_of, by_step, find_damage, newest, read, resume_from, step_of
 
 
 class FakeTrainer(SimpleNamespace):
@@ -23,6 +24,8 @@ class FakeTrainer(SimpleNamespace):
     world_size = 1
     is_global_zero = True
     datamodule = None
+    loggers = ()
+    sanity_checking = False
     weight = 1.0
     folder: Path
 
@@ -267,3 +270,64 @@ def test_pickled_code_is_refused(tmp_path: Path):
 def test_numbers_below_one_are_refused(tmp_path: Path, numbers: dict[str, int]):
     with pytest.raises(UserError, match="all must be at least 1"):
         Checkpoint(str(tmp_path), **numbers)
+
+
+def test_an_asynchronous_one_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Training goes on, and changes the weights, before the file is written."""
+    callback, go = Checkpoint(str(tmp_path), every=1, keep=9, asynchronous=True), threading.Event()
+    write = Checkpoint._write
+    monkeypatch.setattr(Checkpoint, "_write", lambda *args: go.wait(10) and write(*args))
+    weight = torch.zeros(1000)
+    trainer = FakeTrainer(folder=tmp_path, global_step=1)
+    trainer.dump = lambda weights_only: {"global_step": trainer.global_step, "state_dict": {"weight": weight}}
+    callback.save(trainer)
+    weight += 1
+    assert newest(tmp_path) is None
+    go.set()
+    trainer.global_step = 2
+    callback.save(trainer)  # waits for the one before
+    assert newest(tmp_path).name == "step_00000001.ckpt" or step_of(newest(tmp_path)) == 2
+    weight += 1
+    callback.wait(trainer)
+    assert [read(path)["state_dict"]["weight"][0].item() for path in by_step(tmp_path)] == [0, 1]
+    assert all(find_damage(path) == "" for path in by_step(tmp_path))
+
+
+def test_an_asynchronous_one_that_fails_is_told_of_at_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    callback, trainer = Checkpoint(str(tmp_path), every=1, asynchronous=True), FakeTrainer(folder=tmp_path)
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+    callback.save(trainer)
+    with pytest.raises(UserError, match=r"the first checkpoint could not be written to .*0 MB are free"):
+        callback.save(trainer)
+
+
+@pytest.mark.parametrize(("higher", "best"), [(False, 2), (True, 3)])
+def test_the_best_is_kept_beside_the_last(tmp_path: Path, higher: bool, best: int):
+    callback = Checkpoint(str(tmp_path), every=100, keep=1, best="val/loss", higher_is_better=higher)
+    trainer = FakeTrainer(folder=tmp_path)
+    callback.on_train_start(trainer, None)
+    for step, loss in enumerate([0.5, 0.25, 0.75, 0.5, 0.5], 1):
+        trainer.global_step, trainer.callback_metrics = step, {"val/loss": torch.tensor(loss)}
+        callback.on_train_batch_end(trainer, None)
+        callback.on_validation_end(trainer, None)
+    callback.on_train_end(trainer, None)
+    assert names(tmp_path, "*.ckpt") == [f"step_{best:08d}.ckpt", "step_00000005.ckpt"]
+    assert best_of(tmp_path) == {"step": best, "name": "val/loss", "value": 0.75 if higher else 0.25}
+
+
+def test_a_best_that_is_not_logged_is_refused(tmp_path: Path):
+    callback = Checkpoint(str(tmp_path), every=100, best="val/los")
+    trainer = FakeTrainer(folder=tmp_path, callback_metrics={"val/loss": torch.tensor(1.0)})
+    train(callback, trainer, 1)
+    with pytest.raises(UserError, match=r"callbacks.checkpoint.best=val/los is not logged; there are: val/loss"):
+        callback.on_validation_end(trainer, None)
+
+
+def test_a_validation_within_an_accumulated_step_saves_nothing(tmp_path: Path):
+    callback = Checkpoint(str(tmp_path), every=100, best="val/loss")
+    trainer = FakeTrainer(folder=tmp_path, callback_metrics={"val/loss": torch.tensor(1.0)})
+    train(callback, trainer, 1, batches_per_step=2)
+    callback.on_train_batch_end(trainer, None)
+    callback.on_validation_end(trainer, None)
+    assert names(tmp_path) == []

@@ -24,7 +24,7 @@ def test_the_training_loss_equals_a_hand_computation():
     """V-prediction with its classical weight: the mean squared error on v = (noise - sigma x0) / sqrt(1 + sigma^2)."""
     module, part = latent_diffusion(caption_dropout=0.5), batch(16)
     logged = silent(module)
-    loss = module.training_step(part, 0)
+    loss = module.training_step(part, 0)["loss"]
 
     random = KeyedRandom(0, part["index"])
     z = module.first_stage.latents(part, random)
@@ -71,16 +71,16 @@ def test_caption_dropout_has_its_probability():
 def test_a_sample_s_loss_does_not_depend_on_its_batch():
     module, part = latent_diffusion(caption_dropout=0.5), batch(6)
     silent(module)
-    alone = [module.training_step(rows(part, [i]), 0) for i in range(6)]
+    alone = [module.training_step(rows(part, [i]), 0)["loss"] for i in range(6)]
     for keep in ([0, 1, 2, 3, 4, 5], [4, 1], [5, 3, 0]):
-        together = module.training_step(rows(part, keep), 0)
+        together = module.training_step(rows(part, keep), 0)["loss"]
         torch.testing.assert_close(together, torch.stack([alone[i] for i in keep]).mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_the_denoiser_and_the_text_encoder_only():
     module = latent_diffusion()
     silent(module)
-    module.training_step(batch(8), 0).backward()
+    module.training_step(batch(8), 0)["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in module.denoiser.parameters())
     assert module.conditioner.encoder.table.weight.grad.any()
     assert all(p.grad is None for p in module.first_stage.parameters())
@@ -93,7 +93,7 @@ def test_the_average_includes_the_trained_text_encoder():
     name, start = "conditioner.encoder.table.weight", module.conditioner.encoder.table.weight.detach().clone()
     silent(module)
     optimizer = module.configure_optimizers()["optimizer"]
-    module.training_step(batch(8), 0).backward()
+    module.training_step(batch(8), 0)["loss"].backward()
     optimizer.step()
     trainer.global_step = 1
     ema.on_train_batch_end(trainer, module)

@@ -21,7 +21,7 @@ def step(module: LatentDiffusionModule, **levers: Any) -> tuple[torch.Tensor, di
     """A training step's loss and gradients."""
     Levers(BACKBONE, **levers).setup(None, module, "fit")
     silent(module)
-    loss = module.training_step(batch(4), 0)
+    loss = module.training_step(batch(4), 0)["loss"]
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 

@@ -6,12 +6,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import wandb
 from PIL import Image
 
+from ldm.training.checkpointing import Checkpoint, newest
 from ldm.training.loggers import JsonlLogger, wandb_logger
 
 
@@ -141,3 +143,23 @@ def test_offline_unless_there_are_a_key_and_a_server(
             server.close()
         logger = wandb_logger(**options(tmp_path))  # nothing is sent before a log
     assert logger._offline is not (key is not None and listening)
+
+
+def test_a_checkpoint_is_an_artifact_that_refers_to_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = wandb_logger(**options(tmp_path))
+    state = {"global_step": 7, "state_dict": {}}
+    trainer = SimpleNamespace(
+        global_step=7, is_global_zero=True, loggers=[logger], datamodule=SimpleNamespace(samples_seen=56),
+        _checkpoint_connector=SimpleNamespace(dump_checkpoint=lambda weights_only: state),
+    )  # fmt: skip
+    callback = Checkpoint(str(tmp_path), every=1, best="val/loss")
+    callback.save(trainer, best=0.5)
+    path = newest(tmp_path)
+    identity = logger.experiment.id
+    logger.experiment.finish()
+    written = (max(tmp_path.glob("wandb/offline-run-*")) / f"run-{identity}.wandb").read_bytes()
+    digest = json.loads(path.with_suffix(".json").read_text())["files"][path.name]["sha256"]
+    for each in (f"checkpoint-{identity}", path.resolve().as_uri(), digest, "step_7", "best"):
+        assert each.encode() in written

@@ -1,8 +1,8 @@
 """The promises of a run: whatever stops it, the same command ends where the uninterrupted one does.
 
-In this file: R1 two parts, R4 kills, R5 kills inside a save, R6 full disk, R7 damage, R8 a rank that stops, R11 two jobs, R12
-requeues, R13 older checkpoints, R14 faults on one rank. Elsewhere: R2 test_end_to_end, R3 test_key_log, R9 test_sources, R10
-test_loggers; numbers, signals and SLURM in test_faults, test_interrupt and test_slurm.
+In this file: R1 two parts, R4 kills, R5 kills inside a save, R6 full disk, R7 damage, R8 a rank that stops, R10 W&B that never
+answers, R11 two jobs, R12 requeues, R13 older checkpoints, R14 faults on one rank. Elsewhere: R2 test_end_to_end, R3
+test_key_log, R9 test_sources; numbers, signals and SLURM in test_faults, test_interrupt and test_slurm.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import pytest
 import torch
 from test_end_to_end import assert_same_checkpoint
 from tiny import here
-from trials import TWO, arguments, finish, last_step, shards, start, start_ranks, wait_for
+from trials import TWO, TWO_SHARDED, arguments, finish, last_step, shards, start, start_ranks, wait_for
 
 from ldm.training import checkpointing, watchdog
 
@@ -119,7 +120,8 @@ def die_in_the_second_save(n: int) -> None:
     checkpointing.Checkpoint._write = save
 
 
-def test_r5_a_kill_inside_a_save_leaves_a_loadable_run(straight: Straight, tmp_path: Path):
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_r5_a_kill_inside_a_save_leaves_a_loadable_run(straight: Straight, tmp_path: Path, asynchronous: bool):
     """At each call to the system that a save makes, and in the middle of the file."""
     steps = 30
     whole = tmp_path / "whole"
@@ -127,7 +129,8 @@ def test_r5_a_kill_inside_a_save_leaves_a_loadable_run(straight: Straight, tmp_p
     died = []
     for n in range(1, 12):
         run_dir = tmp_path / str(n)
-        words = straight.arguments(run_dir, "callbacks.checkpoint.keep=1", steps=steps)
+        more = ["callbacks.checkpoint.keep=1", f"callbacks.checkpoint.asynchronous={asynchronous}"]
+        words = straight.arguments(run_dir, *more, steps=steps)
         code = finish(start(words, tmp_path / "log", first=partial(die_in_the_second_save, n)))
         if code == 0:
             break
@@ -192,6 +195,36 @@ def test_r8_a_rank_that_stops_is_named_and_the_others_end(straight: Straight, tm
     (line,) = [row for row in (tmp_path / "log.0").read_text().splitlines() if row.startswith("error: ")]
     assert "has stood still for 2 s: rank 1 is " in line
     assert "dead or stopped" in line
+
+
+def test_r10_a_wandb_that_never_answers_costs_seconds_and_not_the_run(straight: Straight, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    words = straight.arguments(run_dir, "logger=wandb", "logger.name=survivor", "logger.timeout=2")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes every connection and says nothing
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert finish(start(words, tmp_path / "log", first=partial(point_wandb_at, address))) == 0
+    assert "W&B does not answer" in (tmp_path / "log").read_text()
+    assert_same_run(run_dir, straight.one)
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+def point_wandb_at(address: str) -> None:
+    os.environ |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+
+
+def test_a_signal_to_one_sharded_rank_stops_both_and_the_run_goes_on(straight: Straight, tmp_path: Path):
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    words = straight.arguments(run_dir, *TWO_SHARDED, steps=40)
+    assert [
+        finish(each) for each in start_ranks(straight.arguments(whole, *TWO_SHARDED, steps=40), tmp_path / "log")
+    ] == [0, 0]
+    ranks = start_ranks(words, tmp_path / "log")
+    wait_for(lambda: last_step(run_dir) >= 7)
+    os.kill(ranks[1].pid, signal.SIGUSR1)
+    assert [finish(each) for each in ranks] == [75, 0], (tmp_path / "log.1").read_text()
+    assert 7 <= saved_step(run_dir) < 40
+    assert [finish(each) for each in start_ranks(words, tmp_path / "log")] == [0, 0]
+    assert_same_run(run_dir, whole)
 
 
 def test_r11_the_second_job_on_a_run_directory_is_refused(
@@ -263,7 +296,10 @@ def spoil_rank_1() -> None:
     AutoencoderModule.training_step = spoiled
 
 
-def test_r14_a_nan_on_one_rank_moves_no_rank_and_k_in_a_row_stop_the_run(straight: Straight, tmp_path: Path):
+@pytest.mark.parametrize("two", [TWO, TWO_SHARDED], ids=["ddp", "fsdp"])
+def test_r14_a_nan_on_one_rank_moves_no_rank_and_k_in_a_row_stop_the_run(
+    straight: Straight, tmp_path: Path, two: list[str]
+):
     run_dir = tmp_path / "run"
     more = [
         "callbacks.checkpoint.every=1",
@@ -271,7 +307,7 @@ def test_r14_a_nan_on_one_rank_moves_no_rank_and_k_in_a_row_stop_the_run(straigh
         "callbacks.faults.limit=3",
         "data.log_keys=true",
     ]
-    words = straight.arguments(run_dir, *TWO, *more)
+    words = straight.arguments(run_dir, *two, *more)
     codes = [finish(each) for each in start_ranks(words, tmp_path / "log", first=spoil_rank_1)]
     assert codes == [2, 2]
     saved = {checkpointing.step_of(p): checkpointing.read(p) for p in checkpointing.by_step(run_dir)}

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from ldm.errors import UserError
 from ldm.training import throughput
-from ldm.training.throughput import PEAKS, Throughput
+from ldm.training.costs import PEAKS
+from ldm.training.throughput import Throughput
 
 
 class Clock:
@@ -125,6 +126,47 @@ def test_the_rest_of_the_ranks_write_nothing_and_wandb_gets_the_same(tmp_path: P
     assert [step for _, step in logger.seen] == [1, 3]  # the index of the step just finished, as Lightning's own
     first = {name: value for name, value in rows(tmp_path)[0].items() if name != "step"}
     assert logger.seen[0][0] == {f"throughput/{name}": value for name, value in first.items()}
+
+
+def test_the_share_of_the_encoders_is_that_of_training_and_counted_once(tmp_path: Path, clock: Clock):
+    class Slow(nn.Module):
+        """A conditioner that takes half a second itself, and calls the first stage for one."""
+
+        def __init__(self, seconds: float, inner: nn.Module | None = None) -> None:
+            super().__init__()
+            self.seconds, self.inner = seconds, inner
+
+        def forward(self, x: int) -> int:
+            clock.now += self.seconds
+            return x if self.inner is None else self.inner(x)
+
+    encoder = Slow(1.0)
+    module = SimpleNamespace(
+        device=torch.device("cpu"), conditioner=Slow(0.5, encoder),
+        first_stage=SimpleNamespace(autoencoder=SimpleNamespace(encoder=encoder, quant_conv=None)),
+    )  # fmt: skip
+    callback = Throughput(str(tmp_path))
+    trainer = SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=2, global_step=0, max_steps=9, loggers=[],
+                              datamodule=SimpleNamespace(batch_size=1, side=8), is_global_zero=True)  # fmt: skip
+    callback.on_train_start(trainer, module)
+    for i in range(4):
+        callback.on_train_batch_start(trainer, module, None, i)
+        module.first_stage.autoencoder.encoder(1)
+        module.conditioner(1)
+        clock.now += 2.5
+        trainer.global_step = i + 1
+        if i == 2:
+            callback.on_validation_start(trainer, module)
+            module.conditioner(1)
+            callback.on_validation_end(trainer, module)
+        callback.on_train_batch_end(trainer, module, None, None, i)
+    callback.on_train_end(trainer, module)
+    assert [row["encode_percent"] for row in rows(tmp_path)] == [pytest.approx(50)] * 2
+    module.conditioner(1)
+    assert callback.encoding == 0
+    on_gpu = Throughput(str(tmp_path), peak_tflops=1.0)
+    on_gpu.on_train_start(trainer, SimpleNamespace(**vars(module) | {"device": torch.device("cuda")}))
+    assert on_gpu.hooks == []
 
 
 @pytest.mark.parametrize(

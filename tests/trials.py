@@ -25,6 +25,7 @@ SMALL = ["experiment=demo_autoencoder", "trainer=cpu", "logger=none", "callbacks
          "data.batch_size=4", "data.val_samples=4", "data.val_batch_size=4", "data.num_workers=0",
          "model.autoencoder.channels=8", "model.autoencoder.latent_channels=2"]  # fmt: skip
 TWO = ["trainer=ddp_cpu"]
+TWO_SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 
 
 def arguments(run_dir: Path, shards: str, steps: int, *more: str) -> list[str]:
@@ -90,6 +91,6 @@ def _run(words: list[str], log: str, rank: int, world: int, port: int, first: Ca
         rank_zero_only.rank = rank  # read from the environment at its import, which was in the server
     if first is not None:
         first()
-    os.environ["WANDB_MODE"] = "offline"
+    os.environ.setdefault("WANDB_MODE", "offline")
     sys.argv = ["train.py", *words]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -1,6 +1,6 @@
 """The adversarial term of the autoencoder's loss (Esser et al. 2021, section 3.1), as the published first stages use it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -90,7 +90,7 @@ class Adversary(nn.Module):
         """
         if step < self.start:
             # zero, and yet with a gradient: DDP waits for one from every weight
-            silent = sum(p.sum() for p in self.discriminator.parameters()) * 0.0
+            silent: Any = sum(p.sum() for p in self.discriminator.parameters()) * 0.0
             return Terms(torch.zeros((), device=real.device), silent, {})
         frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         generator = self.loss.generator(functional_call(self.discriminator, frozen, (fake,)))

@@ -25,7 +25,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 def frozen_state(module: nn.Module) -> dict[str, Tensor]:
     """The state-dict entries of every submodule that has parameters and trains none of them, buffers included."""
-    frozen = {}
+    frozen: dict[str, Tensor] = {}
     for name, child in module.named_children():
         parameters = list(child.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
@@ -81,8 +81,9 @@ class TrainingModule(LightningModule):
             raise UserError(
                 "trainer.precision=16-mixed cannot clip gradients: use bf16-mixed, or gradient_clip_val=null"
             )
-        for part in self.clipped_apart() if gradient_clip_val else ():
-            clip_norm(part, gradient_clip_val)
+        if gradient_clip_val:
+            for part in self.clipped_apart():
+                clip_norm(part, gradient_clip_val)
 
     def clipped_apart(self) -> list[list[nn.Parameter]]:
         """The trained parameters, in the parts whose gradients are clipped each by its own norm."""

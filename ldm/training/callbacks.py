@@ -1,6 +1,8 @@
 """Callbacks: the data position, the progress bar, and pictures during training."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from torchmetrics import Metric
 
 from ldm.batch import Batch, to_uint8, to_unit
 from ldm.data.accounts import Tally, write_report
+from ldm.diffusion.loss import LEVELS
 from ldm.diffusion.sampling import Sampling
+from ldm.errors import UserError
 from ldm.evaluation.grid import picture_grid
 from ldm.evaluation.latent_plot import latent_plot
 
@@ -93,7 +97,7 @@ class Pictures(Callback):
         grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image(key=f"val/{self.name}", images=[grid])
+                logger.log_image(key=f"val/{self.name}", images=[grid], step=trainer.global_step - 1)
 
     def draw(self, module: LightningModule, batches: list[Batch]) -> Image.Image:
         raise NotImplementedError
@@ -173,5 +177,66 @@ class GenerationScores(SampleGrid):
             metric.reset()
 
 
-def _head(batch: Batch, n: int) -> Batch:
+class RawValidation(Callback):
+    """The validation losses under the raw weights too, as val/raw/loss; Lightning's own pass sees the averaged ones.
+
+    Costs a second pass over the validation data. Stands before the averages.
+    """
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sums = torch.zeros(LEVELS + 1, dtype=torch.float64, device=pl_module.device)  # a rank may have no batch
+        trainer.strategy.on_validation_start()  # gathers sharded weights
+        limit = trainer.num_val_batches[0]
+        with trainer.precision_plugin.val_step_context():
+            for batch in islice(trainer.val_dataloaders, None if math.isinf(limit) else int(limit)):
+                n = len(batch["index"])
+                losses = pl_module.validation_losses(trainer.strategy.batch_to_device(batch))
+                sums += n * torch.cat([losses, losses.new_ones(1)])
+        trainer.strategy.on_validation_end()
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        self.values = pl_module.named((sums[:-1] / sums[-1]).float(), "val/raw")
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.log_dict(self.values)
+
+
+class LossBySigma(Callback):
+    """train/loss_sigma/<lowest>: with each logged step, the mean loss of its last micro-batch by noise level, over all
+    ranks.
+
+    A level without a sample is left out.
+
+    Args:
+        edges: ascending noise levels between the bins, sigma as in D(x; sigma).
+
+    Raises:
+        UserError: edges that do not ascend.
+    """
+
+    def __init__(self, edges: Sequence[float]) -> None:
+        if not edges or sorted(set(edges)) != list(edges):
+            raise UserError(
+                f"callbacks.loss_by_sigma.edges={list(edges)}; give ascending noise levels, as [0.1, 1, 10]"
+            )
+        self.edges = torch.tensor(edges, dtype=torch.float32)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not stepped or trainer.global_step % trainer.log_every_n_steps:
+            return
+        losses, sigma = outputs["losses"].double(), outputs["sigma"]
+        bins = torch.bucketize(sigma, self.edges.to(sigma.device))
+        sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64, device=losses.device)
+        sums.index_add_(1, bins, torch.stack([losses, torch.ones_like(losses)]))
+        sums = trainer.strategy.reduce(sums, reduce_op="sum").cpu()
+        names = ["below", *(f"{edge:g}" for edge in self.edges.tolist())]
+        values = {
+            f"train/loss_sigma/{name}": total / n for name, total, n in zip(names, *sums.tolist(), strict=True) if n
+        }
+        pl_module.log_dict(values, rank_zero_only=True)
+
+
+def _head(batch: Any, n: int) -> Any:
     return {name: column[:n] for name, column in batch.items() if not name.startswith("dropped")}

@@ -1,13 +1,13 @@
 """Checkpoints: complete or invisible, plain data only, with a manifest; the newest that is whole is gone on from."""
 
 import errno
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
+from torch.utils._pytree import tree_map
 
 from ldm.errors import UserError
+from ldm.files import sha256
 from ldm.training import interrupt
 from ldm.training.session import say
 
@@ -32,6 +34,12 @@ def by_step(run_dir: Path) -> list[Path]:
 def newest(run_dir: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
     return next(reversed(by_step(run_dir)), None)
+
+
+def best_of(run_dir: Path) -> dict[str, Any] | None:
+    """step, name and value of the best checkpoint; None where none was asked for."""
+    path = run_dir / "checkpoints" / "best.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def step_of(path: Path) -> int:
@@ -87,7 +95,7 @@ def find_damage(path: Path) -> str:
             return "" if "state_dict" in _load(path) else "it is no checkpoint"
         except UserError as error:
             return str(error)
-    return "" if _sha256(path) == written else "its bytes are not those that were written (sha256)"
+    return "" if sha256(path) == written else "its bytes are not those that were written (sha256)"
 
 
 class Checkpoint(Callback):
@@ -102,20 +110,39 @@ class Checkpoint(Callback):
         every: steps.
         keep: how many of the last are kept.
         keep_every: those whose step it divides are kept forever; None: none.
+        best: a logged value, such as val/loss; the checkpoint after the validation where it was best is kept, and
+            checkpoints/best.json says which and why. None: none.
+        higher_is_better: of `best`.
+        asynchronous: training goes on while the file is written, from a copy in main memory.
+
+    Raises:
+        UserError: a number below 1.
     """
 
-    def __init__(self, run_dir: str, every: int, keep: int = 2, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        every: int,
+        keep: int = 2,
+        keep_every: int | None = None,
+        best: str | None = None,
+        higher_is_better: bool = False,
+        asynchronous: bool = False,
+    ) -> None:
         if min(every, keep, 1 if keep_every is None else keep_every) < 1:
             raise UserError(
                 f"callbacks.checkpoint: every={every}, keep={keep}, keep_every={keep_every}; all must be at least 1"
             )
         self.run_dir, self.folder = Path(run_dir), Path(run_dir) / "checkpoints"
         self.every, self.keep, self.keep_every = every, keep, keep_every
+        self.best, self.sign, self.asynchronous = best, -1.0 if higher_is_better else 1.0, asynchronous
+        self.writer = ThreadPoolExecutor(1)  # the interpreter waits for it before it ends
+        self.writing: Future[None] | None = None  # of step `saving`, on rank 0
+        self.saving = 0
         self.step = 0  # the last one seen: with accumulation, several batches share a step
+        self.ended_a_step = False  # the last batch
         self.stopped = False  # by a signal, after the step that was just saved
-        self.hosts: distributed.ProcessGroup | None = (
-            None  # ranks talk without waiting for their GPUs; None: the default
-        )
+        self.hosts: Any = None  # a group in which ranks talk without waiting for their GPUs; None: the default
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
@@ -133,7 +160,8 @@ class Checkpoint(Callback):
             self._leave(trainer, "before the first step")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == self.step:
+        self.ended_a_step = trainer.global_step != self.step
+        if not self.ended_a_step:
             return
         self.step = trainer.global_step
         if self.step == trainer.max_steps:
@@ -149,31 +177,60 @@ class Checkpoint(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_batch_start(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.best) if self.best else None
+        if trainer.sanity_checking or not self.best or not self.ended_a_step:
+            return
+        if value is None:
+            names = ", ".join(sorted(trainer.callback_metrics))
+            raise UserError(f"callbacks.checkpoint.best={self.best} is not logged; there are: {names}")
+        before = best_of(self.run_dir)
+        if self._any_rank(before is None or self.sign * float(value) < self.sign * before["value"]):
+            self.save(trainer, float(value))
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+        self.wait(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         _refuse_newer(checkpoint)
 
-    def save(self, trainer: Trainer) -> None:
-        """All ranks together.
+    def save(self, trainer: Trainer, best: float | None = None) -> None:
+        """All ranks together. best: the value that makes it the best one so far.
 
         Raises:
-            UserError: it could not be written, and there is no other.
+            UserError: it could not be written, or an asynchronous one before it, and there is no other.
         """
+        self.wait(trainer)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # FSDP gathers here
-        trouble, other = "", False
         if trainer.is_global_zero:
+            seen = getattr(trainer.datamodule, "samples_seen", None)
+            state = {**(_copy(checkpoint) if self.asynchronous else checkpoint), "format": FORMAT}
+            self.saving, self.writing = trainer.global_step, self.writer.submit(self._write, state, seen, best)
+        if not self.asynchronous:
+            self.wait(trainer)
+
+    def wait(self, trainer: Trainer) -> None:
+        """Until the last checkpoint is written. All ranks together.
+
+        Raises:
+            UserError: see save.
+        """
+        writing, self.writing = self.writing, None
+        trouble, other = "", False
+        if writing is not None:
             try:
-                self._write({**checkpoint, "format": FORMAT}, getattr(trainer.datamodule, "samples_seen", None))
+                writing.result()
+                for logger in trainer.loggers:
+                    logger.after_save_checkpoint(self)
             except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
                 trouble, other = f"{type(error).__name__}: {error}".splitlines()[0], bool(newest(self.run_dir))
         if self._any_rank(bool(trouble) and not other):
             raise UserError(f"the first checkpoint could not be written to {self.folder} ({trouble or 'on rank 0'})")
         if trouble:
-            warnings.warn(f"step {self.step} was not saved ({trouble}); {newest(self.run_dir)} stays", stacklevel=2)
+            warnings.warn(f"step {self.saving} was not saved ({trouble}); {newest(self.run_dir)} stays", stacklevel=2)
 
-    def _write(self, checkpoint: dict[str, Any], samples_seen: int | None) -> None:
+    def _write(self, checkpoint: dict[str, Any], samples_seen: int | None, best: float | None = None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         need, free = _bytes(checkpoint), shutil.disk_usage(self.folder).free
         if free < need:
@@ -188,7 +245,7 @@ class Checkpoint(Callback):
             content = {
                 "step": checkpoint["global_step"],
                 "samples_seen": samples_seen,
-                "files": {path.name: {"bytes": aside.stat().st_size, "sha256": _sha256(aside)}},
+                "files": {path.name: {"bytes": aside.stat().st_size, "sha256": sha256(aside)}},
                 "versions": {"format": FORMAT, "python": platform.python_version()}
                 | {name: version(name) for name in ("ldm", "torch", "pytorch-lightning")},
             }
@@ -196,13 +253,18 @@ class Checkpoint(Callback):
             aside.rename(path)
             aside.write_text(json.dumps(content, indent=1) + "\n")
             aside.rename(manifest)
+            if best is not None:
+                aside.write_text(json.dumps({"step": content["step"], "name": self.best, "value": best}) + "\n")
+                aside.rename(self.folder / "best.json")
         finally:
             aside.unlink(missing_ok=True)
         folder = os.open(self.folder, os.O_RDONLY)
         os.fsync(folder)  # the renames
         os.close(folder)
+        kept = best_of(self.run_dir)
         for old in by_step(self.run_dir)[: -self.keep]:
-            if self.keep_every is None or step_of(old) % self.keep_every:
+            forever = self.keep_every is not None and step_of(old) % self.keep_every == 0
+            if not forever and not (kept and kept["step"] == step_of(old)):
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
 
@@ -215,6 +277,7 @@ class Checkpoint(Callback):
         return bool(flags)
 
     def _leave(self, trainer: Trainer, when: str) -> None:
+        self.wait(trainer)
         why = interrupt.asked() or "another rank's signal"
         say(f"stopped by {why} {when}: the same command goes on with {newest(self.run_dir) or 'nothing yet'}")
         # of the others, a code other than 0 would have Lightning's launcher kill the first
@@ -238,9 +301,9 @@ def _refuse_newer(checkpoint: dict[str, Any]) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _copy(state: Any) -> Any:
+    """The same plain data with every tensor in main memory of its own, so that training may go on with the originals."""
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
 
 
 def _bytes(node: Any) -> int:

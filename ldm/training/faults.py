@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from ldm.batch import Batch
 from ldm.diffusion.loss import DenoisingLoss
 from ldm.errors import UserError
-from ldm.jsonl import cut_after
+from ldm.files import cut_after
 from ldm.keyed_random import KeyedRandom
 from ldm.training.ema import Average
 from ldm.training.session import say

@@ -57,13 +57,15 @@ class LatentDiffusionModule(TrainingModule):
         if stamp is not None:
             refuse_other_networks(stamp, self.first_stage, getattr(self.conditioner, "encoder", None))
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, _: int) -> dict[str, Tensor]:
+        """loss: the mean; losses and sigma: (B,), each sample's, for callbacks."""
         random = KeyedRandom(self.seed, batch["index"])
         z = self.first_stage.latents(batch, random)
         cond = self.drop(self.conditioner(batch, self.first_stage.latents), random)
-        loss, _sigma = self.loss(self.denoiser, z, cond, random)
-        self.log("train/loss", loss.mean(), prog_bar=True)
-        return loss.mean()
+        losses, sigma = self.loss(self.denoiser, z, cond, random)
+        loss = losses.mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return {"loss": loss, "losses": losses.detach(), "sigma": sigma}
 
     def drop(self, cond: Conditioning, random: KeyedRandom) -> Conditioning:
         """Caption dropout: on embeddings, so that live and cached text share it. Several encoders may drop out apart."""
@@ -72,15 +74,23 @@ class LatentDiffusionModule(TrainingModule):
         return cond.where(random.uniform("caption_dropout") >= self.caption_dropout, null)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """The loss at fixed noise levels, with noise that belongs to the sample: comparable over steps and runs."""
+        values = self.named(self.validation_losses(batch))
+        # a float: Lightning averages whole counts over ranks and cuts the result
+        self.log_dict(values, batch_size=float(len(batch["index"])), sync_dist=True)
+
+    def validation_losses(self, batch: Batch) -> Tensor:
+        """(LEVELS,): the loss at fixed noise levels, with noise that belongs to the sample: comparable over steps and runs."""
         random = KeyedRandom(self.seed, batch["index"])
         z = self.first_stage.latents(batch, random)
         cond = self.conditioner(batch, self.first_stage.latents)
-        losses = [self.loss.at_level(self.denoiser, z, cond, random, level)[0].mean() for level in range(LEVELS)]
-        values = {f"val/loss_level_{level}": loss for level, loss in enumerate(losses)}
-        values["val/loss"] = torch.stack(losses).mean()
-        # a float: Lightning averages whole counts over ranks and cuts the result
-        self.log_dict(values, batch_size=float(len(z)), sync_dist=True)
+        levels = [self.loss.at_level(self.denoiser, z, cond, random, level)[0].mean() for level in range(LEVELS)]
+        return torch.stack(levels)
+
+    @staticmethod
+    def named(losses: Tensor, prefix: str = "val") -> dict[str, Tensor]:
+        """What validation_losses gives, as it is logged."""
+        levels = {f"{prefix}/loss_level_{level}": loss for level, loss in enumerate(losses)}
+        return levels | {f"{prefix}/loss": losses.mean()}
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, captions: list[str], index: Tensor) -> Tensor:
@@ -122,7 +132,8 @@ class LatentDiffusionModule(TrainingModule):
         seed: int,
     ) -> Tensor:
         random = KeyedRandom(seed, index.to(self.device))
-        if self.caption_dropout == 0 and sampling.guidance.scale != 1:
+        apart = getattr(getattr(self.conditioner, "encoder", None), "dropout", [])  # of several text encoders (SD3)
+        if self.caption_dropout == 0 and not apart and sampling.guidance.scale != 1:
             warnings.warn(
                 "this run trained without caption dropout, so guidance leads away from a null that it never saw: train with "
                 "model.caption_dropout=0.1, or sample with sampling.guidance.scale=1",

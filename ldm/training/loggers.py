@@ -15,7 +15,8 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.jsonl import cut_after
+from ldm.files import cut_after
+from ldm.training.checkpointing import Checkpoint, best_of, newest
 from ldm.training.session import say
 
 
@@ -83,14 +84,29 @@ class Wandb(WandbLogger):
                 wandb.teardown()  # it still holds the run's id
                 self._wandb_init["mode"] = "offline"
                 _ = super().experiment
-            self._experiment.define_metric("samples_seen")
-            self._experiment.define_metric("*", step_metric="samples_seen", step_sync=True)
+            run: Any = self._experiment
+            run.define_metric("samples_seen")
+            run.define_metric("*", step_metric="samples_seen", step_sync=True)
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         seen = {} if step is None else {"samples_seen": (step + 1) * self.batch_size}  # without: W&B repeats the last
         super().log_metrics({**metrics, **seen}, step)
+
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        """The newest as an artifact that refers to the file, which stays where it is; its digest is the manifest's."""
+        import wandb
+
+        path = newest(checkpoint_callback.run_dir)
+        assert path is not None
+        manifest = json.loads(path.with_suffix(".json").read_text())
+        metadata = {"step": manifest["step"], "samples_seen": manifest["samples_seen"], **manifest["files"][path.name]}
+        artifact = wandb.Artifact(f"checkpoint-{self.experiment.id}", "model", metadata=metadata)
+        artifact.add_reference(path.resolve().as_uri(), checksum=False)
+        best = best_of(checkpoint_callback.run_dir)
+        aliases = ["best"] if best and best["step"] == manifest["step"] else []
+        self.experiment.log_artifact(artifact, aliases=["latest", f"step_{manifest['step']}", *aliases])
 
 
 def wandb_logger(run_dir: str, batch_size: int, timeout: float = 30.0, **options: Any) -> Wandb:
@@ -110,7 +126,7 @@ def wandb_logger(run_dir: str, batch_size: int, timeout: float = 30.0, **options
     if rank_zero_only.rank == 0 and not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
     identity = id_file.read_text().strip() if id_file.exists() else None  # other ranks log nothing
-    offline = os.environ.get("WANDB_MODE") == "offline" or not (_has_key() and _reachable())
+    offline = os.environ.get("WANDB_MODE") == "offline" or not (has_key() and _reachable())
     settings = wandb.Settings(init_timeout=timeout, finish_timeout=timeout, login_timeout=timeout)
     return Wandb(batch_size, id=identity, offline=offline, save_dir=folder, settings=settings, **options)
 
@@ -125,7 +141,8 @@ def _reachable() -> bool:
         return False
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
+    """Whether W&B would find a key of this user's."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -120,8 +120,8 @@ def write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None
     aside.rename(path)
 
 
-def product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Inner product of the weights over training of two power-function averages (algorithm 3)."""
+def product(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Any:
+    """Inner product of the weights over training of two power-function averages (algorithm 3); arrays or numbers."""
     ratio, late = t_a / t_b, np.maximum(t_a, t_b)
     bend = ratio ** np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * bend / ((gamma_a + gamma_b + 1) * late)

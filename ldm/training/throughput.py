@@ -1,7 +1,6 @@
 """How fast a run is, and what it costs."""
 
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -9,25 +8,10 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from ldm.errors import UserError
-
-PEAKS = {  # 10^12 dense bf16 operations a second, by the makers' data sheets; the first name that fits
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "A10": 125.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-}
+from ldm.training.costs import flop_counter, peak_resident, peak_tflops
 
 
 class Throughput(Callback):
@@ -36,7 +20,7 @@ class Throughput(Callback):
 
     The times are the host's, between two logged steps, without validation: nothing waits for a GPU. The first batch is left
     out: it warms up, and its operations are counted. `mfu` is those operations (the first stage's and recomputed ones too)
-    over what the device could do in bf16.
+    over what the device could do in bf16. `encode_percent`, on CPUs, is the share of the first stage and the conditioner.
 
     Args:
         run_dir: the run's directory.
@@ -47,6 +31,9 @@ class Throughput(Callback):
         UserError: a number that is not above 0.
     """
 
+    start = ended = waited = encoding = 0.0  # times and seconds since the last line, and its micro-batches
+    batches = 0
+
     def __init__(self, run_dir: str, price_per_hour: float | None = None, peak_tflops: float | None = None) -> None:
         for name, value in (("price_per_hour", price_per_hour), ("peak_tflops", peak_tflops)):
             if value is not None and not value > 0:
@@ -56,18 +43,39 @@ class Throughput(Callback):
         self.operations = 0  # of one micro-batch on one device
         self.warm = False  # the first batch is over
         self.hours = 0.0  # of training in this session
+        self.hooks: list[RemovableHandle] = []
+        self.encoders, self.encode_began = 0, 0.0  # how many are at work inside each other, and since when
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.peak_tflops is None and pl_module.device.type == "cuda":
-            device = torch.cuda.get_device_name(pl_module.device)
-            self.peak_tflops = next((peak for name, peak in PEAKS.items() if name in device), None)
+            self.peak_tflops = peak_tflops(torch.cuda.get_device_name(pl_module.device))
+        first_stage = getattr(getattr(pl_module, "first_stage", None), "autoencoder", None)
+        encoders = [getattr(first_stage, name, None) for name in ("encoder", "quant_conv")]
+        for network in filter(None, (*encoders, getattr(pl_module, "conditioner", None))):
+            if pl_module.device.type == "cpu":  # a GPU is still at work when its host goes on
+                self.hooks += [
+                    network.register_forward_pre_hook(self._encode),
+                    network.register_forward_hook(self._encoded),
+                ]
         self._begin()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _encode(self, *_: Any) -> None:
+        self.encoders += 1
+        self.encode_began = time.perf_counter() if self.encoders == 1 else self.encode_began
+
+    def _encoded(self, *_: Any) -> None:
+        self.encoders -= 1
+        self.encoding += 0.0 if self.encoders else time.perf_counter() - self.encode_began
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.began = time.perf_counter()
         self.waited += self.began - self.ended
         if not self.warm and self.peak_tflops:
-            self.counter = FlopCounterMode(display=False)
+            self.counter = flop_counter()
             self.counter.__enter__()
 
     def on_train_batch_end(
@@ -87,15 +95,15 @@ class Throughput(Callback):
             self._begin()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.paused = time.perf_counter()
+        self.paused, self.encoded_before = time.perf_counter(), self.encoding
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         away = time.perf_counter() - self.paused
-        self.start, self.ended = self.start + away, self.ended + away
+        self.start, self.ended, self.encoding = self.start + away, self.ended + away, self.encoded_before
 
     def _begin(self) -> None:
         self.start = self.ended = time.perf_counter()
-        self.waited, self.batches = 0.0, 0  # seconds, micro-batches
+        self.waited, self.encoding, self.batches = 0.0, 0.0, 0  # seconds, seconds, micro-batches
 
     def _log(self, trainer: Trainer) -> None:
         seconds = self.ended - self.start
@@ -108,10 +116,11 @@ class Throughput(Callback):
             "pixels_per_second": samples * trainer.datamodule.side**2,
             "data_wait_percent": 100 * self.waited / seconds,
             "step_percent": 100 * (1 - self.waited / seconds),
+            **({"encode_percent": 100 * self.encoding / seconds} if self.hooks else {}),
             "peak_memory_gb": _peak_memory() / 1e9,
             "eta_hours": left,
         }
-        if self.operations:
+        if self.operations and self.peak_tflops:
             values["mfu"] = self.operations * self.batches / seconds / (self.peak_tflops * 1e12)
         if self.price_per_hour is not None:
             values |= {"cost": self.hours * self.price_per_hour, "cost_left": left * self.price_per_hour}
@@ -125,6 +134,4 @@ class Throughput(Callback):
 
 def _peak_memory() -> int:
     """Bytes: allocated on the GPU, or else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()

@@ -19,7 +19,7 @@ WATCHED = ("waiting for data", "in the training step")
 class Mark(NamedTuple):
     """count: of marks so far, the same on all ranks that are at the same point; since: time.monotonic()."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # in place of tuple's
     step: int
     phase: str
     since: float
