@@ -42,15 +42,16 @@ def rounds(
     from ldm.training.ema import trainable
 
     if floor is not None:
-        others = floor.protocol()
+        others, images = floor.protocol(), floor.images
+        assert images is not None
         real = {"made": "real", "others": {name: others[name] for name in ("captions", "reference")}}
-        yield Round("real", lambda _, index: floor.images[index].float() / 127.5 - 1, real, captions=floor.captions)
+        yield Round("real", lambda _, index: images[index].float() / 127.5 - 1, real, captions=floor.captions)
+    samples = hasattr(module, "sample")
     weights = digest(trainable(module))[:16]
     if reference.images is not None:
-        yield Round(
-            "reconstruction", partial(module.reconstruct, reference.images), {"made": "reconstruction"}, weights
-        )
-    if not hasattr(module, "sample"):
+        seen = digest(module.first_stage.state_dict())[:16] if samples else weights  # whatever average is asked for
+        yield Round("reconstruction", partial(module.reconstruct, reference.images), {"made": "reconstruction"}, seen)
+    if not samples:
         return
     sweep = cfg.sweep
     first = (sweep.ema or [cfg.ema])[0]
@@ -66,7 +67,10 @@ def rounds(
             "weights": "ema" if ema is None else f"average {ema}, step {step}",
             "dtype": str(module.dtype).removeprefix("torch."),
         }
-        values = {"guidance": scale, "steps": steps, "ema": ema}
+        average = "default" if ema is None else ema
+        if isinstance(ema, str):
+            average = Path(ema).stem  # of a file
+        values = {"guidance": scale, "steps": steps, "ema": average}
         swept = {name: value for name, value in values.items() if sweep[name]}
         named = {"guidance": f"{scale:g}"} | {name: value for name, value in swept.items() if name != "guidance"}
         label = " ".join(f"{name} {value}" for name, value in named.items())

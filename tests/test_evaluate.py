@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from omegaconf import DictConfig
+from PIL import Image
+from test_cli import run as ldm  # noqa: F401
 from test_config import composed, demo  # noqa: F401
 from test_end_to_end import Runs, runs  # noqa: F401
+from test_loggers import records
 from tiny import ROOT, here
 
 from ldm import config
-from ldm.evaluation.generate import _read
+from ldm.batch import to_uint8
+from ldm.evaluation.features import PooledStages
+from ldm.evaluation.generate import _read, kept
+from ldm.training import power_ema
 
 PROTOCOLS = sorted((config.CONFIGS / "protocol").glob("*.yaml"))
 
@@ -66,6 +73,7 @@ def results(run: Path) -> dict[str, dict]:
     return {
         folder.name.rpartition("-")[0]: json.loads((folder / "results.json").read_text())
         for folder in sorted((run / "evaluation").iterdir())
+        if folder.is_dir()
     }
 
 
@@ -146,45 +154,73 @@ def test_a_sweep_with_pretrained_features_has_a_floor_a_table_and_a_curve(
     assert "±" in shown
 
 
-def test_scores_reach_the_run_s_own_wandb_run(runs: Runs, straight: list[str], monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+def test_a_sweep_over_averages_scores_the_weights_of_each(runs: Runs, straight: list[str]):  # noqa: F811
+    run = runs.folder / "averages"
+    more = [
+        "callbacks=[latent_diffusion,power_ema]",
+        "callbacks.power_ema.every=2",
+        "callbacks.power_ema.dtype=float32",
+    ]
+    assert here("train.py", *runs.demo("averages"), *more) == 0
+    file, _ = power_ema.save(run, 0.07, None, None)
+    words = [f"checkpoint={run}", *straight[1:], "n=16"]
+    assert here("evaluate.py", *words, f"sweep.ema=[null,raw,0.1,'{file}']") == 0
+    folders = {folder.name.rpartition("-")[0]: folder for folder in (run / "evaluation").iterdir() if folder.is_dir()}
+    settings = {"default": None, "raw": "raw", "0.1": 0.1, file.stem: str(file)}
+    assert folders.keys() == {"step6-reconstruction", *(f"step6-guidance1.5ema{name}" for name in settings)}
+    drawn = {}
+    for name, ema in settings.items():
+        folder = folders[f"step6-guidance1.5ema{name}"]
+        module, step = config.load_run(run, ema)
+        saved = json.loads((folder / "results.json").read_text())
+        assert saved["protocol"]["weights"] == ("ema" if ema is None else f"average {ema}, step {step}")
+        found = kept(folder / "pictures", range(16))
+        sampling = config.run_config(run).sampling
+        sampling.steps = 3
+        images = module.sample(config.build(sampling), [each.caption for each in found], torch.arange(16), 32, 0, "")
+        assert torch.equal(to_uint8(images), _read(folder / "pictures" / "00000.tar"))
+        drawn[name] = images
+    assert len({images.sum().item() for images in drawn.values()}) == 4
+
+    before = set((run / "evaluation").iterdir())
+    assert here("evaluate.py", *words, "ema=0.1") == 0  # alone: the same protocol but for the name of the folder
+    (folder,) = {folder for folder in (run / "evaluation").iterdir() if folder.is_dir()} - before
+    assert torch.equal(_read(folder / "pictures" / "00000.tar"), to_uint8(drawn["0.1"]))
+    assert folder.name.rpartition("-")[2] == folders["step6-guidance1.5ema0.1"].name.rpartition("-")[2]
+
+
+def test_scores_reach_the_run_s_own_wandb_run(runs: Runs, straight: list[str]):  # noqa: F811
+    """Read back from the offline run's own file, which `wandb sync` would upload."""
     run = runs.folder / "scored"
-    shutil.copytree(runs.folder / "straight", run, ignore=shutil.ignore_patterns("evaluation"))
+    shutil.copytree(runs.folder / "straight", run, ignore=shutil.ignore_patterns("evaluation", "wandb*"))
     saved = config.run_config(run)
     saved.logger = {
-        "_target_": "ldm.training.loggers.wandb_logger",
-        "run_dir": "elsewhere",
-        "project": "p",
-        "name": "n",
-    }
+        "_target_": "ldm.training.loggers.wandb_logger", "run_dir": "elsewhere", "batch_size": 8, "project": "p", "name": "n",
+    }  # fmt: skip
     config.OmegaConf.save(saved, run / "config.yaml")
-    logged: dict[str, object] = {}
-
-    class Fake:
-        def log_metrics(self, values: dict[str, float], step: int) -> None:
-            logged.update(values)
-
-        def log_table(self, key: str, columns: list[str], data: list[list]) -> None:
-            logged[key] = (columns, data)
-
-        def log_image(self, key: str, images: list[str]) -> None:
-            logged[key] = images
-
-    def make(run_dir: str, project: str, name: str) -> Fake:
-        assert run_dir == str(run)
-        return Fake()
-
-    monkeypatch.setattr("ldm.training.loggers.wandb_logger", make)
     words = [f"checkpoint={run}", *straight[1:], "n=20", "sweep.guidance=[1,3]"]
-    assert here("evaluate.py", *words) == 0
-    assert 0 <= logged["caption_accuracy/all/n20/cfg3/steps3"] <= 1
-    assert "frechet/pixels4/n20/reconstruction" in logged
-    columns, rows = logged["evaluation/table"]
-    assert columns[:2] == ["round", "protocol"]
-    assert [row[0] for row in rows] == ["reconstruction", "guidance 1", "guidance 3"]
-    assert Path(logged["evaluation/curve"][0]).is_file()
-    logged.clear()
     assert here("evaluate.py", *words, "log=false") == 0
-    assert logged == {}
+    assert not (run / "wandb").exists()
+
+    assert here("evaluate.py", *words) == 0
+    wandb.finish()
+    text = json.dumps(records(run))
+    for name, result in results(run).items():
+        under = {"step6-reconstruction": "reconstruction"}.get(name, f"cfg{name[-1]}/steps3")
+        for score, value in result["metrics"].items():
+            assert f"{score}/n20/{under}" in text
+            assert value == 0 or str(value)[:12] in text
+    (folder,) = run.glob("wandb/offline-run-*/files/media")
+    (table,) = folder.glob("table/evaluation/table_*.json")
+    table = json.loads(table.read_text())
+    assert table["columns"][:2] == ["round", "protocol"]
+    assert [row[0] for row in table["data"]] == ["reconstruction", "guidance 1", "guidance 3"]
+    column = table["columns"].index("frechet/pixels4")
+    assert table["data"][2][column] == pytest.approx(results(run)["step6-guidance3"]["metrics"]["frechet/pixels4"])
+    for name in ("curve", "grid"):
+        (logged,) = folder.glob(f"images/evaluation/{name}_*.png")
+        (ours,) = run.glob(f"evaluation/step6-guidance3-*/{name}.png")
+        assert Image.open(logged).tobytes() == Image.open(ours).tobytes()
 
 
 def test_prompts_without_pictures(runs: Runs, straight: list[str], tmp_path: Path):  # noqa: F811
@@ -204,3 +240,59 @@ def test_prompts_without_pictures(runs: Runs, straight: list[str], tmp_path: Pat
     assert found["protocol"]["n"] == 3
     assert found["protocol"]["reference"] is None
     assert "caption_accuracy/all" in found["metrics"]
+    assert "<h2>Scores" in (run / "evaluation" / "report.html").read_text()
+
+
+def test_evaluation_finds_what_was_kept(ldm, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    cache, seen = tmp_path / "cache", []
+    encode = PooledStages.encode
+    monkeypatch.setattr(PooledStages, "encode", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels))
+    words = ["--metrics", "offline", "--side", 32, "--cache", cache]
+    shards = f"{runs.folder}/val/00000.tar"
+    code, shown, _ = ldm("stats", shards, *words, "--n", 20, "--json")
+    assert code == 0
+    facts = json.loads(shown)
+    (path,) = cache.iterdir()
+    assert facts == {"n": 20, "side": 32, "files": {"efficientnet": str(path)}}
+    assert sum(seen) == 20
+    assert f"efficientnet: 20 pictures of 32 px, {path}" in ldm("stats", shards, *words, "--n", 20)[1]
+    assert sum(seen) == 20  # they were there
+
+    seen.clear()
+    with pytest.warns(UserWarning, match="fewer than the 320 features"):
+        assert here("evaluate.py", f"checkpoint={runs.folder}/autoencoder", "metrics=offline", "n=20", "floor=false",
+                    f"reference_cache={cache}") == 0  # fmt: skip
+    assert sum(seen) == 20  # the reconstructions alone
+    assert list(cache.iterdir()) == [path]
+
+    assert ldm("stats", shards, *words, "--n", 21)[0] == 0
+    assert len(list(cache.iterdir())) == 2  # other pictures
+
+
+def test_a_protocol_gives_metrics_side_and_n(ldm, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    monkeypatch.setattr(PooledStages, "encode", lambda self, pixels: torch.ones(len(pixels), 4))
+    shards = f"{runs.folder}/val/00000.tar"
+    code, _, told = ldm("stats", shards, "--protocol", "clipart", "--side", 32, "--cache", tmp_path)
+    assert code == 2
+    assert "n=256, but the validation shards hold 48 usable samples" in told
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # without any weights
+    code, _, told = ldm("stats", shards, "--protocol", "coco30k_512")
+    assert code == 4
+    assert "ldm fetch inception" in told
+    code, shown, _ = ldm("stats", shards, "--protocol", "clipart", "--side", 32, "--n", 9, "--cache", tmp_path)
+    assert code == 0
+    assert "efficientnet: 9 pictures of 32 px" in shown
+
+
+def test_mistakes_of_stats_are_one_line(ldm, runs: Runs):  # noqa: F811
+    shards = f"{runs.folder}/val/00000.tar"
+    for words, message in (
+        ([], "Give --metrics NAME or --protocol NAME"),
+        (["--metrics", "offlin"], "did you mean offline?"),
+        (["--protocol", "coco"], "there is no protocol=coco"),
+        (["--metrics", "offline"], "give --side"),
+        (["--metrics", "pixels", "--side", 32], "no network with weights"),
+    ):
+        code, _, told = ldm("stats", shards, *words)
+        assert (code, told.count("\n")) == (2, 1)
+        assert message in told

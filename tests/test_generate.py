@@ -1,3 +1,4 @@
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -5,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.evaluation.generate import SHARD, Ranks, generate, shards, stamp
+from ldm.evaluation.generate import SHARD, Ranks, generate, kept, shards, stamp
 
 N = 3 * SHARD + 5
 CAPTIONS = [f"caption {i}" for i in range(N)]
@@ -47,6 +49,14 @@ def test_pictures_do_not_depend_on_the_batch_size(batch_size: int, tmp_path: Pat
     check(list(generate(counted(made), CAPTIONS, batch_size, tmp_path)))
     assert made == list(range(N))
     check(list(generate(counted(made, N), CAPTIONS, 7, tmp_path)))  # again: nothing is made
+
+
+def test_single_pictures_are_read_back_with_their_captions(tmp_path: Path):
+    list(generate(sample, CAPTIONS, 20, tmp_path))
+    found = kept(tmp_path, [N - 1, 3, N, 10 * N, SHARD])
+    assert [each.index for each in found] == [N - 1, 3, SHARD]
+    assert [each.caption for each in found] == [CAPTIONS[i] for i in (N - 1, 3, SHARD)]
+    assert [Image.open(io.BytesIO(each.png)).getpixel((0, 0))[0] for each in found] == [N - 1, 3, SHARD]
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(2, 3), (3, 100), (4, 16)])

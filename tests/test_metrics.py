@@ -58,6 +58,8 @@ def test_measures_share_features_that_are_computed_once_a_picture():
         "frechet", "kid", "inception_score", "clip_cosine", "clip_cosine_x100",
     }  # fmt: skip
     assert "clip_cosine/reader/ci95" in first
+    assert metric.samples["clip_cosine/reader"].mean() == pytest.approx(first["clip_cosine/reader"])
+    assert len(metric.samples["clip_cosine/reader"]) == 24
     assert metric.features.seen == 48
     metric.reset()
     assert fed(metric, sizes=7) == pytest.approx(first, rel=1e-9)
@@ -138,6 +140,11 @@ def test_each_attribute_is_judged_on_its_own():
     expected = {"all": 1 / 4, "shape": 3 / 4, "color": 3 / 4, "size": 2 / 3, "position": 2 / 3, "background": 1}
     plain = {name: value for name, value in values.items() if not name.endswith("/ci95")}
     assert plain == pytest.approx({f"caption_accuracy/{name}": value for name, value in expected.items()})
+    metric = CaptionAccuracy()
+    for caption in captions:
+        metric.update(image[None], [caption], None)
+    metric.compute()
+    assert metric.samples["caption_accuracy"].tolist() == pytest.approx([1, 4 / 5, 3 / 5, 1 / 2])
     assert all(0 < values[f"{name}/ci95"] < 0.5 for name in plain)
 
 

@@ -41,7 +41,10 @@ def test_a_perceptual_distance_is_averaged_over_pictures():
 
     metric = PerceptualQuality(Far(), "lpips")
     metric.update(images, [""] * 4, reference)
-    assert metric.compute() == {"lpips": pytest.approx(float((to_unit(images) - to_unit(reference)).abs().mean()))}
+    each = (to_unit(images) - to_unit(reference)).abs().mean(dim=(1, 2, 3))
+    expected = {"lpips": each.mean().item(), "lpips/ci95": 1.96 * each.std().item() / 2}
+    assert metric.compute() == pytest.approx(expected)
+    assert metric.samples["lpips"].tolist() == pytest.approx(each.tolist())
 
 
 def test_latent_statistics_equal_a_direct_computation():

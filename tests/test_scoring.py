@@ -6,17 +6,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny import batch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from ldm.errors import UserError
-from ldm.evaluation import scoring
-from ldm.evaluation.features import FeatureNetwork, area
+from ldm.evaluation.curve import tradeoff
+from ldm.evaluation.features import FeatureNetwork, PooledPixels, area
 from ldm.evaluation.measures import frechet
-from ldm.evaluation.metrics import FeatureMetrics
+from ldm.evaluation.metrics import FeatureMetrics, FrechetDistance
 from ldm.evaluation.protocol import protocol_id
-from ldm.evaluation.scoring import Reference, Result, Round, curve_of, evaluate, score, table
+from ldm.evaluation.results import Result, table
+from ldm.evaluation.scoring import Reference, Round, evaluate, remember, score
 
 CAPTIONS = [f"caption {i}" for i in range(5)]
 REFERENCE = Reference(batch(5)["image"], CAPTIONS)
@@ -89,7 +91,7 @@ def test_evaluate_writes_scores_under_their_protocol(tmp_path: Path, capsys: pyt
 def test_equal_protocols_have_equal_ids_and_anything_else_another(tmp_path: Path):
     def names(reference: Reference, protocol: dict[str, Any]) -> set[str]:
         evaluate([Round("r", black, {"made": "r"} | protocol)], reference, [Mean()], tmp_path, 1, 5, 1)
-        return {folder.name for folder in tmp_path.iterdir()}
+        return {folder.name for folder in tmp_path.iterdir() if folder.is_dir()}
 
     first = names(REFERENCE, {"seed": 0})
     assert names(REFERENCE, {"seed": 0}) == first
@@ -172,6 +174,22 @@ def test_features_of_the_reference_are_kept_under_its_and_the_network_s_digest(t
     assert len(list((tmp_path / "a").iterdir())) == 3
 
 
+def test_what_is_remembered_ahead_is_what_evaluation_finds(tmp_path: Path):
+    first, second = Looks(), Looks()
+    kept = remember(REFERENCE, [FeatureMetrics(first, [frechet])], tmp_path / "cache")
+    assert first.seen == 5
+    (path,) = (tmp_path / "cache").iterdir()
+    assert kept == {"looks": path}
+    assert remember(REFERENCE, [FeatureMetrics(first, [frechet])], tmp_path / "cache") == kept
+    assert first.seen == 5  # it was there
+    evaluate(
+        [ROUND], REFERENCE, [FeatureMetrics(second, [frechet])], tmp_path / "runs", 1, 5, 1, cache=tmp_path / "cache"
+    )
+    assert second.seen == 5  # the generated ones alone
+    with pytest.raises(UserError, match="no network with weights"):
+        remember(REFERENCE, [FrechetDistance(PooledPixels(2))], tmp_path / "cache")
+
+
 def result(label: str, scale: float, values: dict[str, float], **changes: Any) -> Result:
     protocol = {"id": label, "n": 5, "features": {}, "sampling": {"guidance": {"scale": scale}}, **changes}
     return Result(label, {"guidance": scale}, protocol, values, Path("x"))
@@ -179,7 +197,7 @@ def result(label: str, scale: float, values: dict[str, float], **changes: Any) -
 
 def test_the_table_shows_intervals_and_refuses_what_does_not_compare():
     results = [result("guidance 1", 1.0, {"a": 0.5, "a/ci95": 0.125}), result("guidance 3", 3.0, {"a": 0.25, "b": 2})]
-    console = scoring.Console(width=100)
+    console = Console(width=100)
     with console.capture() as captured:
         console.print(table(results, "title"))
     text = captured.get()
@@ -189,26 +207,24 @@ def test_the_table_shows_intervals_and_refuses_what_does_not_compare():
         table([results[0], result("other", 2.0, {"a": 1}, n=6)], "title")
 
 
-def test_the_curve_sets_the_first_distance_against_alignment_or_the_setting(monkeypatch: pytest.MonkeyPatch):
-    drawn: list[Any] = []
-    monkeypatch.setattr(scoring, "tradeoff_curve", lambda *a: drawn.append(a))
+def test_the_curve_sets_the_first_distance_against_alignment_or_the_setting():
     both = [
         {"frechet/pixels4": 1.0, "frechet/x": 9.0 - s, "clip_cosine/y": s / 10, "caption_accuracy/all": 0.5}
         for s in (1.0, 3.0)
     ]
-    curve_of([Result("reconstruction", {}, {}, {"frechet/x": 0.0}, Path("x")),
-              *(result("", s, v) for s, v in zip((1.0, 3.0), both, strict=True))])  # fmt: skip
-    assert drawn[0] == ({"": [("1.0", 0.1, 8.0), ("3.0", 0.3, 6.0)]}, "clip_cosine/y →", "frechet/x", "guidance")
-    curve_of([result("", s, {"frechet/x": s}) for s in (1.0, 3.0)])
-    assert drawn[1] == ({"": [("1.0", 1.0, 1.0), ("3.0", 3.0, 3.0)]}, "guidance", "frechet/x", "guidance")
+    swept = [result("", s, v) for s, v in zip((1.0, 3.0), both, strict=True)]
+    found = tradeoff([Result("reconstruction", {}, {}, {"frechet/x": 0.0}, Path("x")), *swept])
+    assert found == ({"": [("1.0", 0.1, 8.0), ("3.0", 0.3, 6.0)]}, "clip_cosine/y →", "frechet/x", "guidance")
+    alone = tradeoff([result("", s, {"frechet/x": s}) for s in (1.0, 3.0)])
+    assert alone == ({"": [("1.0", 1.0, 1.0), ("3.0", 3.0, 3.0)]}, "guidance", "frechet/x", "guidance")
     swept = [
         Result("", {"guidance": g, "steps": s}, {}, {"frechet/x": g * s}, Path("x")) for s in (9, 5) for g in (1, 2, 3)
     ]
-    curve_of(swept)
-    assert drawn[2][0].keys() == {"steps 9", "steps 5"}
-    assert curve_of([result("", 1.0, {"frechet/x": 1})]) is None
-    assert curve_of([result("", s, {"other": s}) for s in (1.0, 3.0)]) is None
-    assert len(drawn) == 3
+    assert tradeoff(swept).lines.keys() == {"steps 9", "steps 5"}
+    averages = [Result("", {"ema": e}, {}, {"frechet/x": 1.0}, Path("x")) for e in ("raw", 0.05, "a/file")]
+    assert tradeoff(averages).lines == {"": [("raw", 0, 1.0), ("0.05", 1, 1.0), ("a/file", 2, 1.0)]}
+    assert tradeoff([result("", 1.0, {"frechet/x": 1})]) is None
+    assert tradeoff([result("", s, {"other": s}) for s in (1.0, 3.0)]) is None
 
 
 def test_a_reference_is_read_from_batches():

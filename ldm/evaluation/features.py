@@ -92,8 +92,8 @@ class FeatureNetwork(nn.Module):
 
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """0..255 -> what a network with this mean and deviation, of pictures in [0, 1], expects."""
-    mean, std = (torch.tensor(part, device=pixels.device).view(1, 3, 1, 1) for part in (mean, std))
-    return (pixels / 255 - mean) / std
+    center, scale = (torch.tensor(part, device=pixels.device).view(1, 3, 1, 1) for part in (mean, std))
+    return (pixels / 255 - center) / scale
 
 
 class PooledPixels(FeatureNetwork):
@@ -164,7 +164,7 @@ class Inception(FeatureNetwork):
         return (features.to(self.device) @ self.classes.weight.T).cpu()
 
 
-def _pooled_as_tensorflow(kind: type[nn.Module]) -> type[nn.Module]:
+def _pooled_as_tensorflow(kind: Any) -> type[nn.Module]:
     class Block(kind):
         def _forward(self, x: Tensor) -> list[Tensor]:
             *others, _ = super()._forward(x)

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -145,8 +145,35 @@ def _png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
+class Kept(NamedTuple):
+    """One of the pictures that `generate` keeps."""
+
+    index: int  # type: ignore[assignment]  # in place of tuple's
+    png: bytes
+    caption: str
+
+
+def kept(folder: Path, indices: Iterable[int]) -> list[Kept]:
+    """Those of these pictures that are in the folder, in this order."""
+    out = []
+    for i in indices:
+        path = folder / f"{i // SHARD:05d}.tar"
+        if path.exists():
+            with tarfile.open(path) as tar:
+                files = {member.name: _bytes(tar, member) for member in tar if member.name.startswith(f"{i:09d}.")}
+                if files:
+                    out.append(Kept(i, files[f"{i:09d}.png"], files[f"{i:09d}.txt"].decode()))
+    return out
+
+
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # a regular one
+    return file.read()
+
+
 def _read(path: Path) -> Tensor:
     with tarfile.open(path) as tar:
-        files = [tar.extractfile(member).read() for member in tar if member.name.endswith(".png")]
+        files = [_bytes(tar, member) for member in tar if member.name.endswith(".png")]
     pictures = [np.array(Image.open(io.BytesIO(data), formats=("PNG",))) for data in files]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()

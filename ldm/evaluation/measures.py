@@ -6,7 +6,7 @@ Shapes: N captions with a generated and a real picture each, D features, K class
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class Features(NamedTuple):
 
     def only(self, keep: Tensor) -> "Features":
         """The rows where keep (N,) bool is True."""
-        return Features(*(None if part is None else part[keep] for part in self))
+        parts: list[Any] = [None if part is None else part[keep] for part in self]
+        return Features(*parts)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """generated, real. Raises UserError without real pictures."""
@@ -171,8 +172,13 @@ def clip_score(features: Features) -> dict[str, float]:
     """
     if features.text is None:
         raise UserError("a CLIP score needs a network that reads captions too: give features of a CLIP")
-    cosine = (F.normalize(features.generated.double(), dim=1) * F.normalize(features.text.double(), dim=1)).sum(dim=1)
+    cosine = cosines(features.generated, features.text)
     return {**mean_of("clip_cosine", cosine), **mean_of("clip_cosine_x100", 100 * cosine)}
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) of the rows of (N, D), float64."""
+    return (F.normalize(a.double(), dim=1) * F.normalize(b.double(), dim=1)).sum(dim=1)
 
 
 def cmmd(features: Features, sigma: float = 10.0, groups: int = 10) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from ldm.data import shapes, shapes_oracle
 from ldm.errors import UserError
 from ldm.evaluation.features import FeatureNetwork
-from ldm.evaluation.measures import Features, Measure, frechet, share_of
+from ldm.evaluation.measures import Features, Measure, cosines, frechet, share_of
 from ldm.evaluation.measures import frechet_distance as frechet_distance  # public from here
 
 
@@ -25,13 +25,15 @@ class FeatureMetrics(Metric):
         measures: each value's name is followed by the network's: frechet/inception.
 
     `known` holds the real pictures' features once they are computed, also over `reset`: rounds of one evaluation share
-    them, and so do those who set it from a file.
+    them, and so do those who set it from a file. `samples` has each picture's cosine with its caption, where the network
+    reads them.
     """
 
     def __init__(self, features: FeatureNetwork, measures: Sequence[Measure]) -> None:
         super().__init__()
         self.features, self.measures = features, tuple(measures)
         self.known: Tensor | None = None
+        self.samples: dict[str, Tensor] = {}
         for name in ("generated", "real", "read"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -53,6 +55,7 @@ class FeatureMetrics(Metric):
         self._check(generated)
         logits = self.features.logits(generated) if hasattr(self.features, "logits") else None
         read = dim_zero_cat(self.read) if hasattr(self.features, "text") else None
+        self.samples = {} if read is None else {f"clip_cosine/{self.features.name}": cosines(generated, read)}
         seen = Features(generated, self.known, read, logits)
         named: dict[str, Any] = {}
         for measure in self.measures:
@@ -90,7 +93,8 @@ class CaptionAccuracy(Metric):
 
     `caption_accuracy/<attribute>` and `/all` (every stated attribute at once) over captions of one shape;
     `caption_accuracy/unseen/...` over shape and color pairs that training never showed; `caption_accuracy/two/...` over
-    captions of two shapes and their relation. Each with half a 95 % interval, `.../ci95`.
+    captions of two shapes and their relation. Each with half a 95 % interval, `.../ci95`. `samples` has for each picture the
+    share of its caption's statements that it shows.
     """
 
     GROUPS = ("single", "unseen", "two")
@@ -100,17 +104,25 @@ class CaptionAccuracy(Metric):
         super().__init__()
         zeros = torch.zeros(len(self.GROUPS), len(self.ATTRIBUTES), 2, dtype=torch.int64)
         self.add_state("counts", default=zeros, dist_reduce_fx="sum")  # [..., (right, judged)]
+        self.add_state("shown", default=[], dist_reduce_fx="cat")
+        self.samples: dict[str, Tensor] = {}
 
     def update(self, images: Tensor, captions: Sequence[str], reference: Tensor | None) -> None:
         """images: (B, 3, H, W) uint8; captions: B, of captioned shapes (UserError otherwise)."""
+        shown = []
         for image, caption in zip(images.cpu(), captions, strict=True):
             group = self.GROUPS.index(shapes.kind(caption))
-            for attribute, right in shapes_oracle.score(image, caption).items():
+            judged = shapes_oracle.score(image, caption)
+            for attribute, right in judged.items():
                 column = self.ATTRIBUTES.index(attribute)
                 self.counts[group, column] += torch.tensor([int(right), 1], device=self.counts.device)
+            stated = [right for attribute, right in judged.items() if attribute != "all"]
+            shown.append(sum(stated) / len(stated))
+        self.shown.append(torch.tensor(shown, dtype=torch.float64))
 
     def compute(self) -> dict[str, float]:
-        values = {}
+        self.samples = {"caption_accuracy": dim_zero_cat(self.shown)}
+        values: dict[str, float] = {}
         for group, rows in zip(self.GROUPS, self.counts.tolist(), strict=True):
             prefix = "caption_accuracy/" if group == "single" else f"caption_accuracy/{group}/"
             for attribute, (right, judged) in zip(self.ATTRIBUTES, rows, strict=True):

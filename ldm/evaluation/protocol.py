@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 def flat(protocol: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{dotted key: value}."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in protocol.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out
@@ -49,12 +49,17 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[A
     return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
 
 
-def refuse_incomparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Raises UserError unless scores under the two may stand side by side: only the way of making may differ."""
+def incomparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (in a, in b)} of what keeps scores under the two from standing side by side: only the way of making may
+    differ, and a network that only one of them has."""
     shared = a.get("features", {}).keys() & b.get("features", {}).keys()
     one, other = ({**p, "features": {k: p["features"][k] for k in sorted(shared)} if shared else {}} for p in (a, b))
-    wrong = {k: v for k, v in differences(one, other).items() if k.partition(".")[0] in COMPARED}
-    if wrong:
+    return {k: v for k, v in differences(one, other).items() if k.partition(".")[0] in COMPARED}
+
+
+def refuse_incomparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Raises UserError unless scores under the two may stand side by side."""
+    if wrong := incomparable(a, b):
         what = "; ".join(f"{name} is {x} and {y}" for name, (x, y) in wrong.items())
         raise UserError(
             f"scores under protocols {a.get('id', 'a')} and {b.get('id', 'b')} do not compare: {what}. Measure both alike"

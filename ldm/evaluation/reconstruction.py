@@ -7,31 +7,33 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.utilities import dim_zero_cat
 
 from ldm.batch import to_unit
+from ldm.evaluation.measures import mean_of
 
 ACTIVE = 0.01  # variance of a latent element's mean over pictures, above which it is active (Burda et al. 2016)
 
 
 class PictureMean(Metric):
-    """The mean over pictures of one or more numbers a picture."""
+    """The mean over pictures of one or more numbers a picture, with its interval; `samples` has the numbers themselves."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = tuple(names)
-        self.add_state("total", default=torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("each", default=[], dist_reduce_fx="cat")
+        self.samples: dict[str, Tensor] = {}
 
     def measure(self, images: Tensor, reference: Tensor) -> list[Tensor]:
         """(B,) for each name; images, reference: (B, 3, H, W) uint8."""
         raise NotImplementedError
 
     def update(self, images: Tensor, captions: Sequence[str], reference: Tensor) -> None:
-        self.total += torch.stack(self.measure(images, reference)).double().sum(dim=1).to(self.total.device)
-        self.count += len(images)
+        self.each.append(torch.stack(self.measure(images, reference), dim=1).double().cpu())
 
     def compute(self) -> dict[str, float]:
-        return dict(zip(self.names, (self.total / self.count).tolist(), strict=True))
+        self.samples = dict(zip(self.names, dim_zero_cat(self.each).unbind(dim=1), strict=True))
+        return {key: value for name, each in self.samples.items() for key, value in mean_of(name, each).items()}
 
 
 class ReconstructionQuality(PictureMean):
@@ -43,7 +45,8 @@ class ReconstructionQuality(PictureMean):
     def measure(self, images: Tensor, reference: Tensor) -> list[Tensor]:
         a, b = images.float(), reference.to(images.device).float()
         psnr = peak_signal_noise_ratio(a, b, data_range=255.0, dim=(1, 2, 3), reduction="none")
-        return [psnr, structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")]
+        ssim: Any = structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")
+        return [psnr, ssim]
 
 
 class PerceptualQuality(PictureMean):
@@ -80,11 +83,10 @@ class LatentStatistics(Metric):
     def update(self, images: Tensor, captions: Sequence[str], reference: Tensor) -> None:
         posterior = self.encode(to_unit(reference.to(images.device)))
         mean, logvar = posterior.mean.double(), posterior.logvar.double()
-        self.count = self.count + len(mean)
-        self.mean = self.mean + mean.sum(dim=0)  # (z, h, w), as the next two
-        self.square = self.square + mean.square().sum(dim=0)
-        self.variance = self.variance + logvar.exp().sum(dim=0)
-        self.kl = self.kl + posterior.kl().double().sum()
+        maps = {"mean": mean, "square": mean.square(), "variance": logvar.exp()}  # (B, z, h, w)
+        sums = {name: each.sum(dim=0) for name, each in maps.items()}
+        for name, value in {"count": len(mean), **sums, "kl": posterior.kl().double().sum()}.items():
+            setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, float]:
         mean, square, variance = (part / self.count for part in (self.mean, self.square, self.variance))

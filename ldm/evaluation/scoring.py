@@ -5,14 +5,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,15 +17,16 @@ from torchmetrics import Metric
 from ldm.batch import Batch
 from ldm.errors import UserError
 from ldm.evaluation import protocol as protocols
-from ldm.evaluation.curve import tradeoff_curve
+from ldm.evaluation import report
+from ldm.evaluation.curve import tradeoff, tradeoff_curve
 from ldm.evaluation.generate import SINGLE, Ranks, generate, rows_of, shards, stamp
 from ldm.evaluation.grid import picture_grid
 from ldm.evaluation.metrics import FeatureMetrics
-from ldm.evaluation.protocol import digest, protocol_id, refuse_incomparable, under
+from ldm.evaluation.protocol import digest, protocol_id, under
+from ldm.evaluation.results import Result, table
 
+_ROWS = 256  # pictures of the reference that a network is given at once
 RESIZE = "uint8, short side, antialiased bicubic, center crop"  # data.transforms.DecodeImage's
-ALIGNMENT = ("clip_cosine/", "caption_accuracy/all")  # what the curve sets against the first distance
-DISTANCES = ("frechet/", "cmmd/", "kid/")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Reference:
 
         Raises UserError when there is nothing to read, less than the n that were asked for, or latents only.
         """
-        captions, shape = [], ()
+        captions, shape = list[str](), torch.Size()
         with tempfile.NamedTemporaryFile() as file:
             for batch in batches:
                 if "image" not in batch:
@@ -97,20 +95,6 @@ class Round:
     weights: str = ""
     swept: dict[str, Any] = field(default_factory=dict)
     captions: list[str] | None = None
-
-
-class Result(NamedTuple):
-    """What a round gave, and where it is written."""
-
-    label: str
-    swept: dict[str, Any]
-    protocol: dict[str, Any]
-    metrics: dict[str, float]
-    folder: Path
-
-    def logged(self) -> dict[str, float]:
-        """The scores under names that hold their protocol: frechet/inception/n30000/cfg3/steps50."""
-        return {f"{name}/{under(self.protocol)}": value for name, value in self.metrics.items()}
 
 
 def score(
@@ -187,12 +171,36 @@ def evaluate(
         if ranks.rank == 0:
             _keep(known)
             protocol = {"id": protocol_id(protocol), **protocol, "features": networks}
-            values = _write(result, protocol, values, step)
+            samples = {
+                name: each.tolist() for metric in metrics for name, each in getattr(metric, "samples", {}).items()
+            }
+            results.append(_written(Result(round_.label, round_.swept, protocol, values, result), samples, step))
             picture_grid(head, (round_.captions or reference.captions)[: len(head)], 8).save(result / "grid.png")
-            results.append(Result(round_.label, round_.swept, protocol, values, result))
     if results:
-        _show(results, step)
+        _show(results, step, report.write(folder, step))
     return results
+
+
+def remember(reference: Reference, metrics: Sequence[FeatureMetrics], cache: Path) -> dict[str, Path]:
+    """Keeps the features of reference pictures where evaluate looks for them. Returns the files by network.
+
+    Raises UserError when none of the networks has weights: without, they are as quick as a file.
+    """
+    base = reference.protocol()
+    assert reference.images is not None
+    kept = {}
+    for metric in metrics:
+        path = _known(metric, base, {metric.features.name: metric.features.identity()}, cache)
+        if path is not None:
+            if metric.known is None:
+                metric.known = torch.cat([metric.features(part) for part in reference.images.split(_ROWS)])
+                _keep([(metric, path)])
+            kept[metric.features.name] = path
+    if not kept:
+        raise UserError(
+            "these metrics look through no network with weights, so there is nothing to keep: choose others"
+        )
+    return kept
 
 
 def _known(metric: FeatureMetrics, base: dict[str, Any], networks: dict[str, Any], cache: Path | None) -> Path | None:
@@ -217,20 +225,25 @@ def _keep(known: Sequence[tuple[FeatureMetrics, Path | None]]) -> None:
             aside.rename(path)
 
 
-def _write(folder: Path, protocol: dict[str, Any], values: dict[str, float], step: int) -> dict[str, float]:
-    """results.json. What other metrics said of the same pictures stays in it, unless the same network's weights differ."""
-    path = folder / "results.json"
-    before = json.loads(path.read_text()) if path.exists() else {"protocol": protocol, "metrics": {}}
-    old = before["protocol"].get("features", {})
-    if all(old[name] == value for name, value in protocol["features"].items() if name in old):
-        values = {**before["metrics"], **values}
-        protocol = {**protocol, "features": {**old, **protocol["features"]}}
-    content = {"protocol": protocol, "under": under(protocol), "checkpoint": {"step": step}, "metrics": values}
+def _written(result: Result, samples: dict[str, list[float]], step: int) -> Result:
+    """results.json and samples.json. What other metrics said of the same pictures stays in them, unless the same network's
+    weights differ."""
+    path = result.folder / "results.json"
+    if path.exists():
+        before = Result.read(result.folder)
+        old, new = before.protocol.get("features", {}), result.protocol["features"]
+        if all(old[name] == value for name, value in new.items() if name in old):
+            samples = {**before.samples(), **samples}
+            protocol = {**result.protocol, "features": {**old, **new}}
+            result = result._replace(metrics={**before.metrics, **result.metrics}, protocol=protocol)
+    content = {"label": result.label, "swept": result.swept, "protocol": result.protocol, "under": under(result.protocol),
+               "checkpoint": {"step": step}, "metrics": result.metrics}  # fmt: skip
+    (result.folder / "samples.json").write_text(json.dumps(samples) + "\n")
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return values
+    return result
 
 
-def _show(results: list[Result], step: int) -> None:
+def _show(results: list[Result], step: int, page: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.width = (
         max(console.width, 100) if console.is_terminal else 200
@@ -239,48 +252,8 @@ def _show(results: list[Result], step: int) -> None:
     made = [result.protocol for result in results if "sampling" in result.protocol]
     if differ := {key for other in made[1:] for key in protocols.differences(made[0], other)}:
         console.print(f"columns differ in {', '.join(sorted(differ))}")
-    curve, last = curve_of(results), results[-1].folder
+    curve, last = tradeoff(results), results[-1].folder
     if curve is not None:
-        curve.save(last / "curve.png")
+        tradeoff_curve(*curve).save(last / "curve.png")
         console.print(f"curve:   {last}/curve.png")
-    console.print(f"scores:  {last}/results.json\npicture: {last}/grid.png")
-
-
-def table(results: Sequence[Result], title: str) -> Table:
-    """Metrics down, rounds across, ± half a 95 % interval. Raises UserError for results that do not compare."""
-    first = results[0]
-    for result in results[1:]:
-        refuse_incomparable(first.protocol, result.protocol)
-    out = Table(title=title, box=SIMPLE_HEAD)
-    out.add_column("metric", no_wrap=True)
-    for result in results:
-        out.add_column(result.label.replace(" ", "\n"), justify="right")
-    for name in dict.fromkeys(name for result in results for name in result.metrics):
-        if not name.endswith("/ci95"):
-            out.add_row(name, *(_cell(result.metrics, name) for result in results))
-    return out
-
-
-def _cell(values: dict[str, float], name: str) -> str:
-    if name not in values:
-        return ""
-    spread = f" ±{values[f'{name}/ci95']:.3f}" if f"{name}/ci95" in values else ""
-    return f"{values[name]:.3f}{spread}"
-
-
-def curve_of(results: Sequence[Result]) -> Image.Image | None:
-    """The first distance against the first measure of alignment, or against what was swept; None without a sweep."""
-    swept = [result for result in results if result.swept]
-    names = list(swept[0].metrics) if len(swept) > 1 else []
-    distances = [name for start in DISTANCES for name in names if name.startswith(start)]
-    distance = min(distances, key=lambda name: "/pixels" in name, default=None)  # what knows of meaning comes first
-    if distance is None:
-        return None
-    alignment = next((name for start in ALIGNMENT for name in names if name.startswith(start)), None)
-    axis = max(swept[0].swept, key=lambda name: len({result.swept[name] for result in swept}))
-    lines: dict[str, list[tuple[str, float, float]]] = {}
-    for result in swept:
-        other = ", ".join(f"{name} {value}" for name, value in result.swept.items() if name != axis)
-        x = result.swept[axis] if alignment is None else result.metrics[alignment]
-        lines.setdefault(other, []).append((str(result.swept[axis]), x, result.metrics[distance]))
-    return tradeoff_curve(lines, f"{alignment} →" if alignment else axis, distance, axis)
+    console.print(f"scores:  {last}/results.json\npicture: {last}/grid.png\nreport:  {page}")
