@@ -8,7 +8,7 @@ from ldm import config
 from ldm.training import interrupt
 
 
-@config.entry_point("train")
+@config.entry_point("train", prepare=config.register_networks)
 def main(cfg: DictConfig) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities import rank_zero_only
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> None:
         if resume is None and cfg.init_from:
             initialize.start_from(module, config.averaged_weights(cfg.init_from), cfg.init_from)
         log.resume(step)
-        session.banner(cfg.name, run_dir, module, data, trainer, step)
+        session.banner(cfg.name, run_dir, module, data, trainer, step, resume or cfg.init_from)
         if step < trainer.max_steps:
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
         session.farewell(run_dir, trainer)

@@ -3,36 +3,34 @@
 torch is imported only inside the functions that need it: a refused command line answers at once.
 """
 
-import difflib
+import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from ldm.config_check import check, check_targets, leaves, refuse_secrets
+from ldm.config_errors import CONFIGS, explain, mistakes_in_one_line, nearest
+from ldm.config_help import page
 from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ldm.diffusion.denoiser import Denoiser
+    from ldm.diffusion.sampling import Sampling
     from ldm.models.autoencoder import Autoencoder
     from ldm.models.first_stage import FirstStage
     from ldm.training.base import TrainingModule
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# `_target_` can name any callable of any package (builtins.open, shutil.rmtree ...): only these are built
-ALLOWED_TARGETS = ("ldm.", "pytorch_lightning.", "torch.nn.", "torch.optim.", "torchmetrics.")
+__all__ = ["CONFIGS", "check", "explain", "leaves"]  # for those who work with configs: one module to import
 HIGHER_IS_BETTER = ("psnr", "ssim", "usage", "perplexity")  # of a first stage's measures; the others are distances
 # what one run may change between its sessions: where and how it runs, not what it learns from
 FREE = ("trainer.", "callbacks.", "logger.", "resume.", "data.num_workers.", "data.cache.", "data.budget.",
@@ -57,10 +55,14 @@ def entry_point(
                 check(cfg)
                 main(cfg)
 
+        @functools.wraps(main)
         def run() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises to us instead of printing and exiting
             sys.argv[1:] = [quote_ranges(argument) for argument in sys.argv[1:]]
             with mistakes_in_one_line(show_traceback):
+                if {"--help", "-h"} & {*sys.argv[1:]}:
+                    return page(config_name)
+                refuse_secrets(sys.argv[1:])
                 if prepare is not None:
                     prepare(sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(job)()
@@ -80,97 +82,16 @@ def quote_ranges(argument: str) -> str:
     return argument
 
 
-@contextmanager
-def mistakes_in_one_line(show_traceback: bool) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        message = explain(error)
-        if message is None or show_traceback:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def explain(error: BaseException) -> str | None:
-    """One line for a user's mistake; None for anything else, which keeps its traceback."""
-    for cause in _causes(error):
-        if isinstance(cause, UserError):
-            return str(cause)
-        if isinstance(cause, MissingConfigException) and cause.options is not None:
-            name = str(cause.missing_cfg_file)
-            return f"there is no {name}{_nearest(name.rpartition('/')[2], cause.options)}"
-        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:
-            names = _groups() if "/" in str(cause.key) else [str(key) for key in cause.parent_node]
-            return f"unknown key {cause.full_key}{_nearest(str(cause.key), names)}"
-        if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
-            wrong = re.search(r"unexpected keyword argument '(\w+)'|missing \d+ required .*", str(cause))
-            if wrong:
-                return f"{str(error).rpartition('full_key: ')[2]}: {cause}"
-    if isinstance(error, (ConfigCompositionException, OmegaConfBaseException, HydraException)) and not isinstance(
-        error, InstantiationException
-    ):
-        return " ".join(str(error).split())
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The innermost first: that is where it went wrong."""
-    if error is not None:
-        yield from _causes(error.__cause__ or error.__context__)
-        yield error
-
-
-def _groups() -> list[str]:
-    return [folder.relative_to(CONFIGS).as_posix() for folder in CONFIGS.rglob("*") if folder.is_dir()]
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(names))}"
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuses what Hydra lets through: a missing value, a new top-level key, a `_target_` outside ALLOWED_TARGETS.
-
-    Raises:
-        UserError
-    """
-    missing = [path for path, value in leaves(cfg) if value == "???"]
-    if missing:
-        hint = " (an experiment=... gives them)" if "name" in missing else ""
-        raise UserError(f"{missing[0]} is required: give {' '.join(f'{key}=...' for key in missing)}{hint}")
-    for override in HydraConfig.get().overrides.task:
-        key = override.lstrip("+").partition("=")[0].partition("@")[0]
-        if override.startswith("+") and "." not in key and not (CONFIGS / key).is_dir():
-            raise UserError(f"unknown key {key}{_nearest(key, [str(k) for k in cfg if k != key])}")
-    for path, value in leaves(cfg):
-        if path.endswith("_target_") and not str(value).startswith(ALLOWED_TARGETS):
-            raise UserError(f"{path}={value} is refused; it must begin with one of {', '.join(ALLOWED_TARGETS)}")
-    if not re.fullmatch(r"[\w.,=+-]+(/[\w.,=+-]+)*", str(cfg.name)) or ".." in cfg.name:
-        raise UserError(f"name={cfg.name} names a directory under runs/; use letters, digits and _ . , = + - /")
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value as it is written: ??? where it is missing; interpolations are left out."""
-    for key in node if isinstance(node, DictConfig) else range(len(node)):
-        here = f"{path}.{key}" if path else str(key)
-        if OmegaConf.is_missing(node, key):
-            yield here, "???"
-        elif OmegaConf.is_interpolation(node, key):
-            continue
-        elif OmegaConf.is_config(node[key]):
-            yield from leaves(node[key], here)
-        else:
-            yield here, node[key]
-
-
 def build(node: DictConfig, **objects: Any) -> Any:
-    """The object tree of a config tree, leaves first; lists and dicts arrive plain."""
+    """The object tree of a config tree, leaves first; lists and dicts arrive plain.
+
+    Raises UserError for a `_target_` that may not be built: a run's directory, too, may come from elsewhere.
+    """
+    check_targets(node)
     return hydra.utils.instantiate(node, _convert_="all", **objects)
 
 
-def plain(node: DictConfig) -> dict[str, Any]:
+def plain(node: DictConfig) -> Any:
     """A node as plain data, interpolations resolved."""
     return OmegaConf.to_container(node, resolve=True)
 
@@ -182,6 +103,7 @@ def build_each(nodes: DictConfig | None) -> list[Any]:
 
 def compose(*overrides: str) -> DictConfig:
     """A training config, as the command line would compose it."""
+    register_networks(list(overrides))
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra.compose("train", list(overrides))
 
@@ -194,17 +116,34 @@ def open_run(cfg: DictConfig) -> Path:
     run_dir = Path(cfg.run_dir)
     saved_path = run_dir / "config.yaml"
     if any((run_dir / "checkpoints").glob("step_*.ckpt")):  # without one there is nothing to continue
-        saved = OmegaConf.load(saved_path)
-        for key, value in leaves(cfg):
+        saved = cast(DictConfig, OmegaConf.load(saved_path))
+        for key, (before, now) in _differences(saved, cfg).items():
             if not f"{key}.".startswith(FREE):
-                before = OmegaConf.select(saved, key)
-                if before != value:
-                    raise UserError(
-                        f"{run_dir} was made with {key}={before}, now it is {value}: give another name=, or delete {run_dir}"
-                    )
+                raise UserError(
+                    f"{run_dir} was made with {key}={before}, now it is {now}: give another name=, or delete {run_dir}"
+                )
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, saved_path, resolve=True)
     return run_dir
+
+
+def _differences(saved: DictConfig, cfg: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> its value in a run's config and in another that is composed; interpolations aside."""
+    pairs = {key: (OmegaConf.select(saved, key), value) for key, value in leaves(cfg)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def changes(run: str | Path) -> tuple[str | None, dict[str, tuple[Any, Any]]]:
+    """The experiment that a run was made from, and dotted key -> its value in the run and in the experiment as it is now.
+
+    What an older run says nothing of is left out.
+    """
+    saved = run_config(run)
+    experiment = OmegaConf.select(saved, "logger.group") or saved.name
+    if experiment not in options("experiment"):
+        return None, {}
+    differ = _differences(saved, compose(f"experiment={experiment}"))
+    return experiment, {key: pair for key, pair in differ.items() if pair[0] is not None and pair[1] != "???"}
 
 
 def run_config(run: str | Path, command: str = "python train.py experiment=...") -> DictConfig:
@@ -216,29 +155,32 @@ def run_config(run: str | Path, command: str = "python train.py experiment=...")
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"there is no run in {run} (no {path.name}); train it first: {command}")
-    return OmegaConf.load(path)
+    return cast(DictConfig, OmegaConf.load(path))
 
 
-def _weights(run: str | Path, command: str) -> dict[str, Any]:
+def _weights(run: str | Path, command: str, at: int | None = None) -> dict[str, Any]:
     from ldm.training import checkpointing
 
-    path = checkpointing.newest(Path(run))
-    if path is None:
+    there = {checkpointing.step_of(path): path for path in checkpointing.by_step(Path(run))}
+    if not there:
         raise UserError(f"the run in {run} has no checkpoint yet; train it first: {command}")
-    return checkpointing.read(path)
+    if at is not None and at not in there:
+        raise UserError(f"the run in {run} has no checkpoint of step {at}; there are: {', '.join(map(str, there))}")
+    return checkpointing.read(there[max(there) if at is None else at])
 
 
-def load_run(run: str | Path, ema: float | str | None = None) -> tuple["TrainingModule", int]:
+def load_run(run: str | Path, ema: float | str | None = None, at: int | None = None) -> tuple["TrainingModule", int]:
     """A run's module under its averaged weights, in evaluation mode, and the step they are from.
 
     Args:
         ema: None: the classical average; "raw": none; else see power_ema.chosen.
+        at: step of the checkpoint; None: the newest.
     """
     from ldm.training import power_ema
     from ldm.training.ema import load
 
     cfg = run_config(run)
-    checkpoint = _weights(run, f"python train.py name={Path(run).name} ...")
+    checkpoint = _weights(run, f"python train.py name={Path(run).name} ...", at)
     module = build(cfg.model)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
@@ -313,7 +255,7 @@ def _trained_autoencoder(run: str, command: str) -> tuple["Autoencoder", dict[st
 
 def _scores(run: Path, step: int) -> dict[str, float]:
     """What evaluate.py found of this checkpoint's reconstructions."""
-    scores = {}
+    scores: dict[str, float] = {}
     for path in sorted((run / "evaluation").glob(f"step{step}-reconstruction-*/results.json"), key=os.path.getmtime):
         scores |= json.loads(path.read_text())["metrics"]
     return scores
@@ -335,17 +277,43 @@ def _refuse_worse(run: str, require: dict[str, float], measured: dict[str, float
             )
 
 
+def options(group: str) -> list[str]:
+    """The names in configs/<group>."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
 def option(group: str, name: str, otherwise: str = "") -> DictConfig:
     """configs/<group>/<name>.yaml, as it is written. Raises UserError for one that is not there: `otherwise`, and the nearest."""
-    names = [path.stem for path in (CONFIGS / group).glob("*.yaml")]
+    names = options(group)
     if name not in names:
-        raise UserError(f"{otherwise or f'there is no {group}={name}'}{_nearest(name, names)}")
-    return OmegaConf.load(CONFIGS / group / f"{name}.yaml")
+        raise UserError(f"{otherwise or f'there is no {group}={name}'}{nearest(name, names)}")
+    return cast(DictConfig, OmegaConf.load(CONFIGS / group / f"{name}.yaml"))
+
+
+def sampling(
+    cfg: DictConfig, solver: str | None = None, guidance: float | None = None, steps: int | None = None
+) -> tuple["Sampling", dict[str, Any]]:
+    """How a run samples, with these changes, and the same as plain data. Raises UserError for what cannot be."""
+    node = cfg.sampling.copy()
+    if solver is not None:
+        node.solver = option("sampling/solver", solver)
+    if guidance is not None:
+        node.guidance.scale = guidance
+    if steps is not None:
+        node.steps = steps
+    try:
+        return build(node), plain(node)
+    except Exception as error:
+        if message := explain(error):
+            raise UserError(message) from None
+        raise
 
 
 def averaged_weights(run: str | Path) -> dict[str, Any]:
     """name -> tensor of everything that a run trains."""
-    return _weights(run, f"python train.py name={Path(run).name} ...")["ema"]["weights"]
+    return _weights(run, f"python train.py name={Path(run).name} ..., or import it: ldm import SOURCE {run}")["ema"][
+        "weights"
+    ]
 
 
 def text_encoder(source: str) -> "nn.Module":
@@ -382,3 +350,24 @@ def register_run(argv: list[str]) -> None:
         if group in overrides:
             OmegaConf.update(node, group.replace("/", "."), {}, merge=False)
     ConfigStore.instance().store(name="run", node=node, package="_global_")
+
+
+def register_networks(argv: list[str]) -> None:
+    """The same for training: the networks, sampling and picture size of the run named by init_from=..., as the config `run`.
+
+    How that run was trained (optimizer, lr_schedule, seed, data) is not taken over. See experiment/finetune_sd.
+    """
+    run = dict(argument.partition("=")[::2] for argument in argv).get("init_from")
+    node: dict[str, Any] = {"model": {"_target_": "ldm.config.no_networks"}, "sampling": {}, "data": {"side": 1}}
+    if run:
+        cfg = plain(
+            run_config(run, f"python train.py name={Path(run).name} ..., or import it: ldm import SOURCE {run}")
+        )
+        model = {key: value for key, value in cfg["model"].items() if key not in ("optimizer", "lr_schedule", "seed")}
+        node = {"model": model, "sampling": cfg["sampling"], "data": {"side": cfg["data"]["side"]}}
+    ConfigStore.instance().store(name="run", node=OmegaConf.create(node), package="_global_")
+
+
+def no_networks(**_: Any) -> None:
+    """Stands for the networks of a run that nobody named. Raises UserError."""
+    raise UserError("init_from is required: this experiment trains the networks of a run on; give init_from=runs/...")

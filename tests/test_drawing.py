@@ -1,19 +1,26 @@
 """Pictures for a prompt, from Python and by `ldm sample`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from test_cli import run  # noqa: F401
+from test_config import demo  # noqa: F401
 from test_latent_diffusion import SAMPLING
-from tiny import SIDE, first_stage, latent_diffusion
+from tiny import SIDE, WordEncoder, first_stage, latent_diffusion
 
+from ldm import config
+from ldm.batch import to_uint8
+from ldm.diffusion.solvers import heun
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
-from ldm.training.drawing import Request, changed, draw, save
+from ldm.models.conditioners import TextConditioner
+from ldm.training.drawing import Request, draw, save
 
 RED = Request("red circle", SIDE)
 
@@ -50,10 +57,17 @@ def test_little_strength_keeps_the_picture_and_a_mask_keeps_what_is_black(tmp_pa
     assert (little - kept).abs().mean() < (whole - kept).abs().mean()
 
 
-def test_scale_and_steps_are_changed_and_the_rest_stays():
-    assert changed(SAMPLING, None, None) == SAMPLING
-    other = changed(SAMPLING, 5.0, 7)
-    assert (other.guidance.scale, other.steps, other.solver) == (5.0, 7, SAMPLING.solver)
+def test_solver_scale_and_steps_are_changed_and_the_rest_stays(demo: DictConfig):  # noqa: F811
+    own, told = config.sampling(demo)
+    assert told == config.plain(demo.sampling)
+    other, changed = config.sampling(demo, "heun", 5.0, 7)
+    assert (other.guidance.scale, other.steps, other.solver.func) == (5.0, 7, heun)
+    assert other.schedule.sigma_max == own.schedule.sigma_max
+    assert (changed["solver"]["_target_"], changed["schedule"]) == ("ldm.diffusion.solvers.heun", told["schedule"])
+    assert told == config.plain(demo.sampling)
+    for change, message in (({"steps": 0}, "0"), ({"solver": "huen"}, "did you mean heun")):
+        with pytest.raises(UserError, match=message):
+            config.sampling(demo, **change)
 
 
 def test_pngs_hold_their_parameters(tmp_path: Path):
@@ -82,3 +96,37 @@ def test_bad_requests(change: dict, message: str):
 def test_the_command_refuses_what_is_not_there(run, tmp_path: Path):  # noqa: F811
     code, _, stderr = run("sample", tmp_path / "none", "red")
     assert (code, stderr.startswith("error: there is no run in")) == (2, True)
+
+
+class Seen(TextConditioner):
+    """Remembers the batch."""
+
+    def forward(self, batch, latents=None):
+        self.batch = batch
+        return super().forward(batch, latents)
+
+
+def test_models_that_are_trained_to_see_a_mask_or_depth_are_given_them(tmp_path: Path):
+    module = latent_diffusion(conditioner=Seen(WordEncoder(), pooled=True))
+    mask, depth = tmp_path / "mask.png", tmp_path / "depth.png"
+    Image.fromarray(np.repeat([[0, 255]], SIDE, 0).repeat(SIDE // 2, 1).astype(np.uint8)).save(mask)
+    Image.fromarray(np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE) * 1000).save(depth)
+    request = Request("red circle", SIDE, count=2, init=picture(tmp_path / "init.png"), mask=mask, depth=depth)
+    draw(module, SAMPLING, request)
+    seen = module.conditioner.batch
+    assert seen["mask"].shape == (2, 1, SIDE, SIDE)
+    assert seen["mask"][0, 0, 0].tolist() == [False] * 4 + [True] * 4
+    assert seen["depth"][1, 0].flatten().tolist() == [1000.0 * i for i in range(SIDE * SIDE)]
+    draw(module, SAMPLING, replace(request, mask=None))
+    assert module.conditioner.batch["mask"].all()  # all of the picture is to be painted
+    draw(module, SAMPLING, replace(request, mask=None, init=None))
+    assert module.conditioner.batch.keys() == {"caption", "index", "depth"}
+
+
+@pytest.mark.parametrize("init", [False, True])
+def test_each_step_is_shown(init: bool, tmp_path: Path):
+    module, shown = latent_diffusion(), []
+    request = Request("red circle", SIDE, count=1, init=picture(tmp_path / "i.png") if init else None, strength=1.0)
+    out = draw(module, SAMPLING, request, lambda i, x0_hat: shown.append((i, module.first_stage.decode(x0_hat))))
+    assert [i for i, _ in shown] == list(range(SAMPLING.steps))
+    assert torch.equal(to_uint8(shown[-1][1]), out)

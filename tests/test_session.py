@@ -1,43 +1,112 @@
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.loggers import WandbLogger
 from tiny import latent_diffusion
 
+from ldm.data.datamodule import ShardDataModule
+from ldm.data.decode import DecodeSample
+from ldm.data.filters import CaptionLength, SmallestSide
 from ldm.training import session
+from ldm.training.ema import EMA
+from ldm.training.optim import WarmupCosine
+from ldm.training.power_ema import PowerEMA
 
 
-def banner(capsys: pytest.CaptureFixture[str], step: int, loggers: tuple = ()) -> str:
+def lines(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: str,
+    step: int = 0,
+    source: str | None = None,
+    **changes: Any,
+) -> dict[str, str]:
+    """The banner's first line under "", then its rows by name."""
+    monkeypatch.setenv("COLUMNS", "150")
+    decode = DecodeSample(8, filters={"size": SmallestSide(2, True), "words": CaptionLength(1, 9)})
+    data = ShardDataModule(
+        shards=shards, val_shards=shards, decode=decode, side=8, batch_size=64, steps=2000, seed=0, val_batch_size=8,
+        run_dir="runs/flow",
+    )  # fmt: skip
+    trainer = {
+        "max_steps": 2000, "world_size": 4, "accumulate_grad_batches": 2, "precision": "bf16-mixed", "loggers": [],
+        "callbacks": [EMA(0.999), PowerEMA("runs/flow", [0.05, 0.1], 10)],
+        "strategy": SimpleNamespace(root_device=torch.device("cpu")),
+    }  # fmt: skip
+    module = latent_diffusion(lr_schedule=WarmupCosine(100, 2000))
+    session.banner("flow", Path("runs/flow"), module, data, SimpleNamespace(**trainer | changes), step, source)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert len(rest) < 23  # one screen
+    assert max(map(len, rest)) <= 150
+    starts = [i for i, line in enumerate(rest) if line[:3].strip()]
+    said = [" ".join(" ".join(rest[a:b]).split()) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    return {"": first} | {line.split()[0]: line.partition(" ")[2] for line in said}
+
+
+def test_the_banner_says_what_on_what_how_long_and_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_shards: str
+):
+    said = lines(capsys, monkeypatch, tiny_shards)
+    assert said[""] == "flow: LatentDiffusionModule"
+    assert said["run"] == "runs/flow starts at step 0"
+    assert said["batch"] == "64 = 8 x 2 accumulated x 4 ranks"
+    assert said["steps"] == "2,000: 128,000 samples, 1.33e+03 epochs"
+    assert said["precision"] == "bf16-mixed, on cpu"
+    assert said["captions"] == "10% dropped, for guidance"
+    assert said["average"] == "EMA of decay 0.999, PowerEMA of lengths 0.05, 0.1"
+    assert said["data"].startswith("8 shards of 96 samples (")
+    assert said["data"].endswith(" ...), 8 px, filters: size, words")
+    assert said["W&B"] == "off"
+
+
+def test_the_banner_s_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_shards: str):
     module = latent_diffusion()
-    trainer = SimpleNamespace(max_steps=2000, world_size=4, precision="bf16-mixed", loggers=loggers)
-    session.banner("flow", Path("runs/flow"), module, SimpleNamespace(batch_size=64), trainer, step)
-    return capsys.readouterr().out
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in module.parameters()) - trained
+    said = lines(capsys, monkeypatch, tiny_shards)
+    assert said["model"].startswith(f"{trained / 1e6:.3g}M parameters trained (conditioner ")
+    assert said["model"].endswith(f"{frozen / 1e6:.3g}M frozen")
+    assert said["rate"] == "Adam: 1e-05 at first, 0.001 after warm-up (100), 0.00054 half way, 6.8e-10 at last"
+    total = 4 * (trained + frozen) + (4 + 8 + 2 * 4) * trained  # weights; gradients, two moments, two averages
+    assert said["memory"].startswith(f"{total / 2**20:.1f} MB before activations: weights ")
 
 
-def test_the_banner_says_what_how_long_and_where(capsys: pytest.CaptureFixture[str]):
-    first, second, third = banner(capsys, 0).splitlines()
-    assert first.startswith("flow: LatentDiffusionModule, 0.0")
-    assert first.endswith("M frozen")
-    assert second == "  2000 steps, 128,000 samples; global batch 64 on 4 rank(s), bf16-mixed"
-    assert third == "  runs/flow: starts at step 0"
-
-
-def test_the_banner_of_a_run_that_goes_on_or_is_complete(capsys: pytest.CaptureFixture[str]):
-    assert "runs/flow: continues from step 500" in banner(capsys, 500)
-    assert "runs/flow is complete at step 2000: nothing to do" in banner(capsys, 2000)
+@pytest.mark.parametrize(
+    ("step", "source", "begins"),
+    [
+        (500, "runs/flow/checkpoints/step_00000500.ckpt", "continues from step 500 (step_00000500.ckpt)"),
+        (
+            2000,
+            "runs/flow/checkpoints/step_00002000.ckpt",
+            "is complete at step 2,000: nothing to do; raise trainer.max",
+        ),
+        (0, "runs/other", "starts at step 0, from the weights of runs/other"),
+    ],
+)
+def test_the_banner_says_where_the_run_begins(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_shards: str,
+    step: int,
+    source: str,
+    begins: str,
+):
+    assert lines(capsys, monkeypatch, tiny_shards, step, source)["run"].startswith(f"runs/flow {begins}")
 
 
 @pytest.mark.parametrize(
     ("url", "line"),
-    [("https://wandb.ai/x", "  W&B: https://wandb.ai/x"), (None, "  W&B: offline in runs/flow/wandb; `wandb sync` up")],
+    [("https://wandb.ai/x", "https://wandb.ai/x"), (None, "offline in runs/flow/wandb; `wandb sync` uploads it")],
 )
 def test_the_banner_says_where_weights_and_biases_has_the_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str | None, line: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_shards: str, url: str | None, line: str
 ):
     monkeypatch.setattr(WandbLogger, "experiment", SimpleNamespace(url=url))
-    assert line in banner(capsys, 0, (WandbLogger(offline=True),))
+    assert lines(capsys, monkeypatch, tiny_shards, loggers=[WandbLogger(offline=True)])["W&B"] == line
 
 
 def test_the_farewell_repeats_the_last_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,7 +4,7 @@ Shapes: pictures (B, 3, H, W) uint8; masks (H, W) in [0, 1], 1 where to paint.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ldm.batch import Batch, to_uint8
 from ldm.diffusion.editing import keep, start_from
-from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.noise import BrownianPath
 from ldm.diffusion.sampling import Sampling
 from ldm.diffusion.solvers import Callback
@@ -35,6 +34,7 @@ class Request:
         count: pictures, numbered from `first`; picture i is a function of (seed, i) and the rest alone.
         init: a picture to start from, cropped to a square; strength: share of the steps taken from it, in (0, 1].
         mask: with init: white where to paint, black where to keep.
+        depth: for a model that is conditioned on it: a gray picture, lighter where training's maps have larger numbers.
     """
 
     prompt: str
@@ -46,6 +46,14 @@ class Request:
     init: Path | None = None
     strength: float = 0.7
     mask: Path | None = None
+    depth: Path | None = None
+
+
+def of_stage_two(module: object) -> LatentDiffusionModule:
+    """The same module. Raises UserError for an autoencoder's."""
+    if not isinstance(module, LatentDiffusionModule):
+        raise UserError(f"this is a run of {type(module).__name__}, which draws nothing: give one of stage two")
+    return module
 
 
 @torch.no_grad()
@@ -61,30 +69,37 @@ def draw(
     index = torch.arange(request.first, request.first + request.count, device=device)
     random = KeyedRandom(request.seed, index)
     batch = Batch(caption=[request.prompt] * request.count, index=index)
-    given = _square(request.init, "RGB", request.side).to(device) if request.init else None
-    if given is not None:
-        batch["image"] = given.expand(request.count, -1, -1, -1)
+
+    def given(path: Path, mode: str) -> Tensor:
+        return _square(path, mode, request.side).to(device).expand(request.count, -1, -1, -1)
+
+    painted = torch.empty(0)
+    if request.init:
+        batch["image"] = given(request.init, "RGB")
+        painted = given(request.mask, "L") / 255 if request.mask else torch.ones_like(batch["image"][:, :1])
+        batch["mask"] = painted > 0.5  # for models that are trained to inpaint
+    if request.depth:
+        batch["depth"] = given(request.depth, "F")
     cond = module.conditioner(batch, stage.latents)
     null = module.conditioner.null(request.count, cond)
     if request.negative:
         null = module.conditioner({**batch, "caption": [request.negative] * request.count}, stage.latents)
-    if given is None:
-        return to_uint8(stage.decode(sampling(module.denoiser, cond, null, random, stage.latent_shape(request.side))))
+    if not request.init:
+        shape = stage.latent_shape(request.side)
+        return to_uint8(stage.decode(sampling(module.denoiser, cond, null, random, shape, callback)))
     z = stage.latents(batch, random)
     x, sigmas = start_from(z, random.normal("sampling", z.shape[1:]), sampling.sigmas(), request.strength)
     denoise = sampling.guidance(module.denoiser, cond, null)
     if request.mask:
-        shown = _square(request.mask, "L", request.side).to(device) / 255
-        denoise = keep(denoise, z, F.interpolate(shown, size=z.shape[2:], mode="area"))  # as far as its pixels are
+        denoise = keep(denoise, z, F.interpolate(painted, size=z.shape[2:], mode="area"))  # as far as its pixels are
     out = sampling.solver(denoise, x, sigmas, BrownianPath(random, z.shape[1:]), callback)
     return to_uint8(stage.decode(out))
 
 
-def changed(sampling: Sampling, guidance: float | None, steps: int | None) -> Sampling:
-    """The same with another scale or number of steps. Raises UserError for a number that it cannot have."""
-    if guidance is not None:
-        sampling = replace(sampling, guidance=Guidance(guidance, **sampling.guidance.rules))
-    return sampling if steps is None else replace(sampling, steps=steps)
+def parameters(run: str, step: int, sampling: dict[str, Any], request: Request) -> dict[str, Any]:
+    """What made a picture, as `save` puts it into the file; sampling: as config.sampling tells it."""
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(request).items()}
+    return {"run": run, "step": step, "sampling": sampling, **told}
 
 
 def save(pictures: Tensor, folder: Path, name: str, first: int, parameters: dict[str, Any]) -> list[Path]:
@@ -111,7 +126,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _square(path: Path, mode: str, side: int) -> Tensor:
-    """(1, C, side, side) uint8: resized, the longer side cropped at the center."""
+    """(1, C, side, side) uint8, or float in mode F: resized, the longer side cropped at the center."""
     image = _open(path).convert(mode)
     scale = side / min(image.size)
     image = image.resize([max(side, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)

@@ -1,0 +1,5 @@
+"""`python -m ldm.cli`, for torchrun."""
+
+from ldm.cli import main
+
+main()
