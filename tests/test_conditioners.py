@@ -172,8 +172,13 @@ def test_class_labels():
     assert cond.tokens.shape == (3, 0, 0)
     assert torch.equal(classes.null(3).vector, classes.to_null.vector.expand(3, 8))
     assert same(classes.null(3, cond), classes.null(3))
-    with pytest.raises(UserError, match=r"needs batch\['label'\]"):
-        classes(Batch(caption=["a"]))
+    named = classes(Batch(caption=["4", "", "0"])).vector
+    assert torch.equal(
+        named, torch.stack([classes.table.weight[4], classes.to_null.vector[0], classes.table.weight[0]])
+    )
+    for caption in ("a cat", "5", "-1"):
+        with pytest.raises(UserError, match=rf"prompt is '{caption}', but this model knows classes: give 0 to 4"):
+            classes(Batch(caption=[caption]))
 
 
 def noise(**changes: int) -> NoiseAugmentation:
@@ -218,7 +223,7 @@ def test_an_image_embedding_is_noised_and_its_null_is_zero():
     kept = random.uniform("embedding_dropout") >= 0.5
     assert 16 < kept.sum() < 48
     assert same(out, cond.where(kept, null))
-    with pytest.raises(UserError, match="ImageEmbedding needs pictures"):
+    with pytest.raises(UserError, match="ImageEmbedding needs a picture"):
         conditioner(Batch(caption=["a"]))
 
 
@@ -278,6 +283,7 @@ def test_depth_is_scaled_sample_by_sample():
     assert estimated.spatial.shape == (2, 3, 4, 4)
     with pytest.raises(UserError, match="or an estimator"):
         Depth(2)(part)
+    assert torch.equal(Depth(2)(Batch(depth=depth)).spatial, given)  # sampling from a depth map alone
 
 
 def combined() -> Combined:
@@ -310,7 +316,7 @@ def test_combined_parts_keep_their_own_nulls():
 )
 def test_the_spatial_configs(name: str, channels: int, vector: int):
     conditioner: Conditioner = tiny_conditioner(name).eval()
-    part = batch(2, side=32) | {"depth": torch.rand(2, 1, 16, 16)}
+    part = batch(2, side=32) | {"depth": torch.rand(2, 1, 32, 32)}
     latents = lambda part, random: torch.zeros(2, 4, 4, 4)  # noqa: E731
     cond = conditioner(part, latents)
     assert cond.tokens.shape == (2, 77, 16)

@@ -75,6 +75,14 @@ def test_embed_width_is_optional_and_everything_is_trained():
     assert all(p.grad is not None for p in plain.parameters())
 
 
+def test_without_a_gain_there_is_no_pooled_vector_and_nothing_that_would_make_one():
+    plain = TransformerText(width=8, layers=1, heads=2, context_length=8, pooled_gain=None)
+    tokens, _, vector = plain(CAPTIONS)
+    assert vector.shape == (len(CAPTIONS), 0)
+    tokens.square().sum().backward()
+    assert all(p.grad is not None for p in plain.parameters())
+
+
 def test_cached_text_knows_the_empty_caption_only():
     tokens, mask, vector = torch.randn(4, 8), torch.tensor([True, False, False, False]), torch.randn(6)
     encoder = CachedText(tokens, mask, vector, digest="d")

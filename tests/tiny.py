@@ -120,9 +120,9 @@ def process(script: str, *arguments: str, **environment: str) -> subprocess.Comp
 
 def here(script: str, *arguments: str) -> int:
     """The same in this process, where torch is imported already. Returns the exit code."""
-    before, argv = dict(os.environ), sys.argv
+    before, argv, environment = dict(os.environ), sys.argv, _environment()
     os.environ.clear()
-    os.environ.update(_environment())
+    os.environ.update(environment)
     sys.argv = [script, *arguments]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")

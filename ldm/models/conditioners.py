@@ -4,6 +4,7 @@ Shapes: B or n samples, L tokens of width D, V pooled features, S spatial channe
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,7 @@ class Zeros(nn.Module):
     """A null: zeros, under the mask of what they replace (SDXL's empty prompt, unCLIP's missing picture)."""
 
     def forward(self, cond: Conditioning) -> Conditioning:
-        zeros = Conditioning(*(None if part is None else torch.zeros_like(part) for part in cond))
-        return zeros._replace(mask=cond.mask)
+        return cond.map(torch.zeros_like)._replace(mask=cond.mask)
 
 
 class Learned(nn.Module):
@@ -98,8 +98,7 @@ class TextConditioner(Conditioner):
 
     def null(self, n: int, cond: Conditioning | None = None) -> Conditioning:
         """n equal rows; encoded once."""
-        row = self.to_null(self._cond(*self.encoder([""])))
-        return Conditioning(*(None if part is None else part.expand(n, *part.shape[1:]) for part in row))
+        return self.to_null(self._cond(*self.encoder([""]))).expand(n)
 
     def drop_parts(self, cond: Conditioning, null: Conditioning, random: KeyedRandom) -> Conditioning:
         """Of several encoders, each drops out on its own."""
@@ -140,6 +139,8 @@ class SizeCrop(Conditioner):
 class ClassLabel(Conditioner):
     """A vector for each class, and a learned one for none (ADM, DiT).
 
+    Where a batch has no label, a caption is the class in text, and "" the null: so a class is asked for as a prompt.
+
     Args:
         classes: how many; batch["label"] is in 0 .. classes - 1.
         width: V.
@@ -152,9 +153,18 @@ class ClassLabel(Conditioner):
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, batch: Batch, latents: Latents | None = None) -> Conditioning:
-        if "label" not in batch:
-            raise UserError("the class conditioner needs batch['label'], which these data do not have")
-        return _only(self.table(batch["label"]))
+        if "label" in batch:
+            return _only(self.table(batch["label"]))
+        rows = torch.tensor([self._row(caption) for caption in batch["caption"]], device=self.table.weight.device)
+        return _only(torch.cat([self.table.weight, self.to_null.vector])[rows])
+
+    def _row(self, caption: str) -> int:
+        classes = self.table.num_embeddings
+        if caption and not (caption.isdecimal() and int(caption) < classes):
+            raise UserError(
+                f"the prompt is {caption[:40]!r}, but this model knows classes: give 0 to {classes - 1}, or batch['label']"
+            )
+        return int(caption) if caption else classes
 
     def default(self, n: int) -> Conditioning:
         return _only(self.table.weight.new_zeros(n, self.vector_width))
@@ -285,11 +295,16 @@ class Depth(Conditioner):
         self.factor, self.estimator = factor, estimator
 
     def forward(self, batch: Batch, latents: Latents | None = None) -> Conditioning:
-        depth, image = batch.get("depth"), _image(self, batch)
-        if depth is None and self.estimator is None:
-            raise UserError("the depth conditioner needs batch['depth'] or an estimator")
-        depth = self.estimator(to_unit(image)) if depth is None else depth
-        grid = [side // self.factor for side in image.shape[2:]]
+        depth = batch.get("depth")
+        sized = depth  # as large as the picture
+        if sized is None or depth is None:
+            if self.estimator is None:
+                raise UserError(
+                    "Depth needs batch['depth'], or an estimator: train with data/field=depth, sample with --depth"
+                )
+            sized = _image(self, batch)
+            depth = self.estimator(to_unit(sized))
+        grid = [side // self.factor for side in sized.shape[2:]]
         depth = F.interpolate(depth.float(), grid, mode="bicubic")
         low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
         return _only(None, 2 * (depth - low) / (high - low).clamp(min=1e-6) - 1)
@@ -342,12 +357,14 @@ class Combined(Conditioner):
 
 def _only(vector: Tensor | None, spatial: Tensor | None = None) -> Conditioning:
     """A conditioning without tokens."""
-    given = vector if vector is not None else spatial
+    given: Any = vector if vector is not None else spatial
     n, vector = len(given), given.new_zeros(len(given), 0) if vector is None else vector
     return Conditioning(given.new_zeros(n, 0, 0), given.new_zeros(n, 0).bool(), vector, spatial)
 
 
 def _image(conditioner: Conditioner, batch: Batch) -> Tensor:
     if "image" not in batch:
-        raise UserError(f"{type(conditioner).__name__} needs pictures (batch['image']): latent caches have none")
+        raise UserError(
+            f"{type(conditioner).__name__} needs a picture (batch['image']): to sample, give --init; latent caches have none"
+        )
     return batch["image"]

@@ -82,4 +82,5 @@ class Pixels(nn.Module):
 
     def shape_of(self, batch: Batch) -> tuple[int, int, int]:
         """(3, H, W)."""
-        return tuple(batch["image"].shape[1:])
+        _, channels, height, width = batch["image"].shape
+        return channels, height, width

@@ -96,22 +96,28 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (RMSNorm(head_dim, 1e-6) if qk_norm else nn.Identity() for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(heads * head_dim, width))
 
-    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, heads, N, head_dim) of x; keys and values (B, heads, L, head_dim) of the context."""
-        context = x if context is None else context
-        q, k, v = (
-            rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for rows in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Each (B, L, heads * head_dim)."""
+        return self.to_k(context), self.to_v(context)
+
+    def project(
+        self, x: Tensor, context: Tensor | None = None, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, N, head_dim) of x; keys and values (B, heads, L, head_dim) of the context.
+
+        given: (B, L, 2 * heads * head_dim): keys and values, where they are known.
+        """
+        made = self.keys_values(x if context is None else context) if given is None else given.chunk(2, dim=2)
+        q, k, v = (rows.unflatten(2, (self.heads, -1)).transpose(1, 2) for rows in (self.to_q(x), *made))
         return self.norm_q(q), self.norm_k(k), v
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+                rotation: tuple[Tensor, Tensor] | None = None, given: Tensor | None = None) -> Tensor:  # fmt: skip
         """x: (B, N, width); context: (B, L, context_width); mask: (B, L) bool, True may be attended to.
 
-        rotation: of queries and keys by their places (`rotate`), for self-attention.
+        rotation: of queries and keys by their places (`rotate`), for self-attention. given: see `project`.
         """
-        q, k, v = self.project(x, context)
+        q, k, v = self.project(x, context, given)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return self.to_out(attend(q, k, v, mask))
@@ -158,10 +164,14 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
         self.cross, self.self_attention = context_width is not None, self_attention
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: (B, N, width). With a context, `mask` (B, L) is the context's; without, it is x's own (B, N)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+                given: Tensor | None = None) -> Tensor:  # fmt: skip
+        """x: (B, N, width). With a context, `mask` (B, L) is the context's; without, it is x's own (B, N).
+
+        given: the cross-attention's keys and values, where they are known (Attention.project).
+        """
         own = (None, None if self.cross else mask) if self.self_attention else (context, mask)
         x = x + self.attn1(self.norm1(x), *own)
         if self.cross:
-            x = x + self.attn2(self.norm2(x), context, mask)
+            x = x + self.attn2(self.norm2(x), context, mask, given=given)
         return x + self.ff(self.norm3(x))

@@ -59,7 +59,8 @@ class JointBlock(nn.Module):
         """x: (B, N, D); context: (B, L, D); embedding: (B, D); mask: (B, N + L) bool."""
         x_normed, x_qkv, x_rest = self.image.enter(x, embedding)
         c_normed, c_qkv, c_rest = self.text.enter(context, embedding)
-        attended = attend(*(torch.cat(pair, dim=2) for pair in zip(x_qkv, c_qkv, strict=True)), mask)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(x_qkv, c_qkv, strict=True))
+        attended = attend(q, k, v, mask)
         x_attended, c_attended = attended.split([x.shape[1], context.shape[1]], dim=1)
         x = self.image.leave(x, x_normed, x_attended, x_rest)
         return x, context if self.last else self.text.leave(context, c_normed, c_attended, c_rest)

@@ -95,7 +95,7 @@ class VectorQuantizer(nn.Module):
             vectors, codes: as `forward` had and gave them.
             random: of the batch; a row is revived with the vector that draws the lowest number.
         """
-        if not self.learning:
+        if not self.learning or self.decay is None:
             return
         rows = vectors.float().movedim(1, -1).flatten(0, 2)
         count = torch.bincount(codes.flatten(), minlength=self.codes).float()

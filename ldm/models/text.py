@@ -108,7 +108,7 @@ class TransformerText(nn.Module):
         embed_width: width of the token embedding before it is projected to `width` (ALBERT's factorization): the
             vocabulary of 49,408 is most of a small model's weights. None: `width`, without a projection.
         pooled_gain: initial root mean square of the pooled vector. Above 1 its words are heard sooner beside the noise
-            level in the backbone's embedding: a small model that is trained for minutes wants about 4.
+            level in the backbone's embedding: a small model that is trained for minutes wants about 4. None: no vector.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class TransformerText(nn.Module):
         heads: int,
         context_length: int = 77,
         embed_width: int | None = None,
-        pooled_gain: float = 1.0,
+        pooled_gain: float | None = 1.0,
     ) -> None:
         super().__init__()
         self.width = width
@@ -128,8 +128,9 @@ class TransformerText(nn.Module):
         self.position = nn.Parameter(torch.empty(context_length, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, width // heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.pool_norm = nn.LayerNorm(width)
-        nn.init.constant_(self.pool_norm.weight, pooled_gain)
+        self.pool_norm = None if pooled_gain is None else nn.LayerNorm(width)
+        if self.pool_norm is not None and pooled_gain is not None:
+            nn.init.constant_(self.pool_norm.weight, pooled_gain)
         if (
             embed_width is None
         ):  # else unit normal: a state begins as its token, not as what the first layers make of it
@@ -142,10 +143,12 @@ class TransformerText(nn.Module):
         return ids[:, 0], mask[:, 0]
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens (B, L, width), mask (B, L) bool, vector (B, width): the normalized mean of the states."""
+        """tokens (B, L, width), mask (B, L) bool, vector (B, width): the normalized mean of the states; or (B, 0)."""
         ids, mask = (t.to(self.position.device) for t in self.tokenize(captions))
         x = self.project(self.embed(ids)) + self.position
         for block in self.blocks:
             x = block(x, mask=mask)
         x, weight = self.norm(x), mask[:, :, None].to(x.dtype)
+        if self.pool_norm is None:
+            return x, mask, x.new_zeros(len(x), 0)
         return x, mask, self.pool_norm((x * weight).sum(dim=1) / weight.sum(dim=1))

@@ -42,7 +42,8 @@ class PretrainedText(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(trainable)
         self.attend_to_padding, self.trainable = attend_to_padding, trainable
-        self.tokenize = _tokenizer(local(tokenizer or weights) if tokenizer or weights else None, pad, length, chunks)
+        folder = tokenizer or weights
+        self.tokenize = _tokenizer(local(folder) if folder else None, pad, length, chunks)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "PretrainedText":
@@ -108,6 +109,7 @@ class OpenCLIPText(PretrainedText):
         folder = _folder_or_none(weights, config)
         if folder is not None:
             config = json.loads(_file(folder, "open_clip_config.json").read_text())["model_cfg"]
+        assert config is not None
         model = _build_text_tower(config["embed_dim"], config["text_cfg"], config.get("quick_gelu", False))
         if folder is not None:
             _load_tower(model, _file(folder, "open_clip_model.safetensors"))
@@ -186,11 +188,12 @@ class ConcatText(nn.Module):
 
         Caption dropout calls it, as it works on embeddings in one place; the draws belong to the samples.
         """
-        kept = []
+        kept: list[Any] = []
         for i, (rate, shapes) in enumerate(zip(self.dropout, self.shapes, strict=True)):
             keep = random.uniform(f"text_dropout/{i}") >= rate
             kept.append(tuple(keep.view(-1, *(1,) * len(shape)).expand(-1, *shape) for shape in shapes))
-        return tuple(torch.where(*each) for each in zip(self._joined(kept), parts, null, strict=True))
+        tokens, mask, vector = (torch.where(*each) for each in zip(self._joined(kept), parts, null, strict=True))
+        return tokens, mask, vector
 
     def _joined(self, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         tokens, masks, start = [], [], 0
@@ -221,7 +224,7 @@ def _of_transformers(read: Callable[..., Any], make: Callable[[Mapping[str, Any]
     """A model of transformers in float32, its weights all read or all random."""
     folder = _folder_or_none(weights, config)
     if folder is None:
-        return make(config)
+        return make(config or {})
     _file(folder, "config.json")
     from transformers.utils import logging
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
-from ldm.models.layers import sinusoidal, zero
+from ldm.models.layers import GEGLU, sinusoidal, zero
 
 FREQUENCIES = 256  # features of the noise level before its embedding
 # width -> module; adaptive scale and shift follow it, so by default it has none of its own
@@ -55,12 +55,8 @@ def unpatchify(x: Tensor, height: int, width: int, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(GEGLU):
     """Gated linear unit with SiLU (Shazeer 2020)."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
@@ -132,6 +128,7 @@ class PatchTransformer(nn.Module, ABC):
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(layer.weight.flatten(1))  # a view: a convolution as the linear map that it is
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
         for layer in (self.time_embed[0], self.time_embed[2]):
             nn.init.normal_(layer.weight, std=0.02)

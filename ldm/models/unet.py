@@ -4,6 +4,7 @@ Shapes: x (B, in_channels, H, W) -> (B, out_channels, H, W); c_noise (B,); cond.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,25 +47,28 @@ class ResBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the grid's tokens, each with cross-attention to the context; starts as the identity."""
+    """Transformer blocks over the grid's tokens, with cross-attention to the context if there is one; starts as the identity."""
 
     def __init__(self, channels: int, heads: int, head_dim: int, depth: int, context_channels: int, groups: int,
                  linear: bool, self_attention: bool = True) -> None:  # fmt: skip
         super().__init__()
         # SD v1 stores the projections as 1x1 convolutions, SD v2 and SDXL as linear layers: the same mathematics
         inner = heads * head_dim
+        self.cross = context_channels > 0
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(inner, heads, head_dim, context_channels, self_attention) for _ in range(depth)
+            TransformerBlock(inner, heads, head_dim, context_channels or None, self_attention) for _ in range(depth)
         )
         self.proj_out = zero(nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
         h = per_token(self.proj_in, h)
+        context = (cond.tokens, cond.mask) if self.cross else (None, None)
         for block in self.transformer_blocks:
-            h = block(h, cond.tokens, cond.mask)
+            given = None if cond.keys_values is None or not self.cross else cond.keys_values[:, :, block.columns]
+            h = block(h, *context, given)
         h = per_token(self.proj_out, h)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -74,7 +78,7 @@ class Stage(nn.ModuleList):
 
     def forward(self, x: Tensor, embedding: Tensor, cond: Conditioning, recompute: bool = False) -> Tensor:
         for layer in self:
-            inputs = [x]
+            inputs: list[Any] = [x]
             if isinstance(layer, ResBlock):
                 inputs.append(embedding)
             elif isinstance(layer, SpatialTransformer):
@@ -106,7 +110,7 @@ class UNet(nn.Module):
         blocks: residual blocks per level on the way down (one more on the way up).
         depths: transformer blocks after each residual block of a level; 0 for none.
         middle_depth: transformer blocks in the middle.
-        context_channels: width of cond.tokens.
+        context_channels: width of cond.tokens; 0 takes none.
         heads, head_dim: give one: SD v1 fixes the number of heads (8), SD v2 and SDXL their width (64).
         linear: project into the transformers by linear layers (SD v2, SDXL) in place of 1x1 convolutions (SD v1).
         vector_channels: width of cond.vector, added to the noise embedding; 0 takes none.
@@ -172,7 +176,7 @@ class UNet(nn.Module):
         def transformer(width: int, depth: int, own: bool = True) -> list[SpatialTransformer]:
             if depth == 0:
                 return []
-            n = heads if heads is not None else width // head_dim
+            n = heads or width // (head_dim or 1)
             return [SpatialTransformer(width, n, width // n, depth, context_channels, groups, linear, own)]
 
         self.time_embed = _embedding(channels, embed)
@@ -206,6 +210,21 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             nn.GroupNorm(groups, width), nn.SiLU(), zero(nn.Conv2d(width, out_channels, 3, padding=1))
         )
+        self._place_keys_values()
+
+    def _place_keys_values(self) -> None:
+        """In cond.keys_values all cross-attentions' stand side by side."""
+        end = 0
+        for block in self._crossed():
+            block.columns = slice(end, end := end + 2 * block.attn2.to_k.out_features)
+
+    def _crossed(self) -> list[TransformerBlock]:
+        return [module for module in self.modules() if isinstance(module, TransformerBlock) and module.cross]
+
+    def prepared(self, cond: Conditioning) -> Conditioning:
+        """With the keys and values that its cross-attentions make of cond.tokens: a sampler's steps share them."""
+        made = [part for block in self._crossed() for part in block.attn2.keys_values(cond.tokens)]
+        return cond._replace(keys_values=torch.cat(made, dim=2)) if made else cond
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Tensor:
         self._check(x, cond)
