@@ -1,6 +1,7 @@
-"""diffusers' schedulers and k-diffusion's samplers beside ours: one network, one start, one grid, one noise.
+"""diffusers' schedulers and U-Net and k-diffusion's samplers beside ours: one network, one start, one grid, one noise.
 
-Used by bench/solver_parity.py, which prints the table, and by tests/test_solver_parity.py, which holds the bars.
+bench/solver_parity.py prints the samplers' table, and tests/test_solver_parity.py holds its bars; bench/train_step.py and
+bench/sample.py time the U-Nets.
 """
 
 import importlib
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import measuring
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
@@ -22,6 +25,10 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.parameterization import Eps, Flow, Parameterization, V
 from ldm.diffusion.schedules import Karras, RectifiedFlow, ScaledLinear, grid
+from ldm.interop import layouts
+from ldm.interop.keys import autoencoder_keys, unet_keys
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.unet import UNet
 
 SHAPE = (2, 4, 8, 8)
 COND = Conditioning(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool), torch.zeros(2, 0))
@@ -209,3 +216,80 @@ def between_parameterizations(solver: Callable[..., Tensor], steps: int) -> floa
         seeds = iter(range(100, 10_000))
         results.append(solver(denoise, x, sigmas, lambda *_, seeds=seeds: normal(next(seeds))))
     return max((a - results[0]).abs().max().item() for a in results[1:])
+
+
+SIZES: dict[str, dict[str, Any]] = {  # Stable Diffusion v1's shape, narrower
+    "81M": {"channels": 96, "multipliers": [1, 2, 4, 4], "blocks": 2, "depths": [1, 1, 1, 0], "middle_depth": 1,
+            "context_channels": 768},
+    "toy": {"channels": 32, "multipliers": [1, 2], "blocks": 1, "depths": [1, 0], "middle_depth": 1, "context_channels": 16},
+}  # fmt: skip
+V1 = {"heads": 8}  # and 1x1 convolutions into the transformers
+V2 = {"head_dim": 32, "linear": True}  # heads of one width, and linear layers
+
+
+def unets(size: str, v2: bool = False) -> tuple[UNet, diffusers.UNet2DConditionModel]:
+    """Ours and diffusers' with the same weights, none of them zero, in training mode."""
+    arguments = {"in_channels": 4, "out_channels": 4, **SIZES[size], **(V2 if v2 else V1)}
+    torch.manual_seed(0)
+    ours, theirs = UNet(**arguments), diffusers.UNet2DConditionModel.from_config(layouts.unet_config(arguments))
+    for p in ours.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.02)
+    _same_weights(ours, theirs, unet_keys(ours))
+    return ours.train(), theirs.train()
+
+
+AUTOENCODERS: dict[str, dict[str, Any]] = {  # Stable Diffusion's, narrower
+    "81M": {"channels": 64, "multipliers": [1, 2, 4, 4], "blocks": 2},
+    "toy": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "groups": 8},
+}
+
+
+def autoencoders(size: str) -> tuple[AutoencoderKL, diffusers.AutoencoderKL]:
+    """Ours and diffusers', f8 (toy: f2), with the same weights."""
+    arguments = {"latent_channels": 4, **AUTOENCODERS[size]}
+    torch.manual_seed(0)
+    ours, theirs = (
+        AutoencoderKL(**arguments),
+        diffusers.AutoencoderKL.from_config(layouts.autoencoder_config(arguments)),
+    )
+    _same_weights(ours, theirs, autoencoder_keys(ours))
+    return ours.eval(), theirs.eval()
+
+
+def _same_weights(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
+    state = theirs.state_dict()
+    theirs.load_state_dict({names[key]: value.view_as(state[names[key]]) for key, value in ours.state_dict().items()})
+
+
+class TextToImage:
+    """A training step as in diffusers' examples/text_to_image/train_text_to_image.py --use_ema, with latents and text given."""
+
+    def __init__(self, unet: diffusers.UNet2DConditionModel) -> None:
+        self.unet, self.scheduler = unet, diffusers.DDPMScheduler(**SD)
+        self.optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, weight_decay=0.01)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 500))
+        self.ema = EMAModel(unet.parameters(), model_cls=diffusers.UNet2DConditionModel, model_config=unet.config)
+
+    def step(self, latents: Tensor, text: Tensor) -> dict[str, float]:
+        return measuring.timed(
+            {
+                "forward": lambda: self.forward(latents, text),
+                "backward": lambda: self.loss.backward(),
+                "clip": lambda: nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0),
+                "optimizer": self.update,
+                "EMA": lambda: self.ema.step(self.unet.parameters()),
+            }
+        )
+
+    def forward(self, latents: Tensor, text: Tensor) -> None:
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),)).long()
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prediction = self.unet(noisy, timesteps, text, return_dict=False)[0]
+        self.loss = nn.functional.mse_loss(prediction.float(), noise.float(), reduction="mean")
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """What a denoiser is conditioned on, as one object from the conditioner to the backbone."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,22 +17,28 @@ class Conditioning(NamedTuple):
     mask: Tensor  # (B, L) bool  True where a token is real
     vector: Tensor  # (B, V)       pooled text, size and crop, class: added to the noise embedding; V may be 0
     spatial: Tensor | None = None  # (B, S, H, W) stacked onto the latent: inpainting, super-resolution, depth
+    keys_values: Tensor | None = None  # (B, L, K) one U-Net's own, of the tokens: see Denoiser.prepared
 
     def where(self, keep: Tensor, null: "Conditioning") -> "Conditioning":
         """Row i of self where keep[i], else row i of `null` (B or 1 rows). keep: (B,) bool. This is caption dropout."""
-        return Conditioning(*(_where(keep, a, b) for a, b in zip(self, null, strict=True)))
+        return self.map(lambda a, b: torch.where(keep.view(-1, *(1,) * (a.dim() - 1)), a, b), null)
 
     def cat(self, other: "Conditioning") -> "Conditioning":
         """The rows of self, then those of `other`: one batched call for guidance."""
-        return Conditioning(*(None if a is None else torch.cat([a, b]) for a, b in zip(self, other, strict=True)))
+        return self.map(lambda a, b: torch.cat([a, b]), other)
+
+    def expand(self, n: int) -> "Conditioning":
+        """One row, or n of them -> n rows."""
+        return self.map(lambda part: part.expand(n, *part.shape[1:]))
+
+    def map(self, function: Callable[..., Tensor], *others: "Conditioning") -> "Conditioning":
+        """function(part, the others' same part ...) for each part that is there."""
+        parts: list[Any] = []
+        for part, *theirs in zip(self, *others, strict=True):
+            assert all((each is None) == (part is None) for each in theirs), "conditionings must have the same parts"
+            parts.append(None if part is None else function(part, *theirs))
+        return Conditioning(*parts)
 
     def concat_to(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C + S, H, W): the backbone's input."""
         return x if self.spatial is None else torch.cat([x, self.spatial.to(x.dtype)], dim=1)
-
-
-def _where(keep: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        assert a is b, "conditioning and its null must have the same parts"
-        return None
-    return torch.where(keep.view(-1, *(1,) * (a.dim() - 1)), a, b)

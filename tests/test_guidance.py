@@ -146,6 +146,19 @@ def test_autoguidance_goes_away_from_the_weaker_denoiser():
     torch.testing.assert_close(guided(Guidance(2.0, auto=Autoguidance(weak, 1.0))), guided(Guidance(2.0)))
 
 
+def test_autoguidance_does_not_take_the_other_networks_keys_and_values():
+    seen = []
+
+    class Weak(Network):
+        def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Tensor:
+            seen.append(cond.keys_values)
+            return super().forward(x, c_noise, cond)
+
+    cond, null = (c._replace(keys_values=torch.ones(len(c.tokens), 3, 8)) for c in (COND, NULL))
+    Guidance(2.0, auto=Autoguidance(Denoiser(Weak(), V()), 1.8))(Denoiser(Network(), V()), cond, null)(X, SIGMA)
+    assert seen == [None]
+
+
 class SpatialNetwork(Network):
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Tensor:
         return super().forward(x[:, :2], c_noise, cond) + x[:, 2:]

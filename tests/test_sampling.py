@@ -95,6 +95,27 @@ def test_a_sample_does_not_know_its_neighbors(parameterization: Parameterization
     torch.testing.assert_close(alone, together[1:2], rtol=1e-5, atol=1e-5)
 
 
+def test_what_does_not_change_over_steps_is_computed_once():
+    counted: list[Conditioning] = []
+
+    class Prepared(Network):
+        def prepared(self, cond: Conditioning) -> Conditioning:
+            counted.append(cond)
+            return cond._replace(keys_values=cond.tokens.mean(dim=(1, 2), keepdim=True))
+
+        def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Tensor:
+            assert cond.keys_values is not None
+            torch.testing.assert_close(cond.keys_values[:, 0, 0], cond.tokens.mean(dim=(1, 2)))
+            return super().forward(x, c_noise, cond)
+
+    network, plain = Prepared(), Network()
+    plain.load_state_dict(network.state_dict())
+    sampling = Sampling(euler, Karras(), Guidance(3.0), steps=5)
+    expected, z = (sampling(Denoiser(each, V()), COND, NULL, RANDOM, SHAPE) for each in (plain, network))
+    assert torch.equal(z, expected)
+    assert len(counted) == 2
+
+
 def test_starts_at_sigma_max_without_gradients():
     seen = []
 

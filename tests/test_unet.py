@@ -10,7 +10,7 @@ from ldm import config
 from ldm.conditioning import Conditioning
 from ldm.errors import UserError
 from ldm.interop.keys import unet_keys
-from ldm.models.layers import sinusoidal
+from ldm.models.layers import TransformerBlock, sinusoidal
 from ldm.models.unet import ResBlock, SpatialTransformer, UNet
 
 COUNTS = {
@@ -164,6 +164,25 @@ def test_channels_last_is_the_same_network():
     assert all(seen)
 
 
+@pytest.mark.parametrize("levels", [{}, {"self_attention": [True, False]}], ids=["SD", "x4 upscaler"])
+def test_keys_and_values_of_the_text_are_computed_once(levels: dict[str, Any]):
+    network, x, steps = randomized(tiny_unet(**levels)), normal(4, 4, 8, 8), torch.tensor([3.0, 500.0, 7.0, 900.0])
+    one, other = conditioning(2, 6), conditioning(2, 6).map(lambda part: part.flip(0))
+    expected = network(x, steps, one.cat(other))
+    calls: list[int] = []
+    for block in network.modules():
+        if isinstance(block, TransformerBlock):
+            block.attn2.to_k.register_forward_hook(lambda *_: calls.append(1))
+    together = network.prepared(one).cat(network.prepared(other))
+    blocks = len(calls) // 2
+    assert blocks == 4
+    for _ in range(3):
+        torch.testing.assert_close(network(x, steps, together), expected)
+    assert len(calls) == 2 * blocks
+    text_free = tiny_unet(context_channels=0)
+    assert text_free.prepared(one) is one
+
+
 def test_a_fresh_network_returns_zero_and_its_branches_are_identities():
     network, x = tiny_unet(), normal(2, 4, 8, 8)
     assert network(x, torch.zeros(2), conditioning(2, 6)).shape == (2, 3, 8, 8)
@@ -241,3 +260,18 @@ def test_inputs_that_do_not_fit_are_refused():
         network(normal(1, 4, 8, 8), torch.zeros(1), conditioning(1, 6))
     with pytest.raises(UserError, match=r"cond.vector has 3 features, the network takes 1 \(.* 1 for vector_levels"):
         tiny_unet(vector_levels=5)(normal(1, 4, 8, 8), torch.zeros(1), cond)
+
+
+@torch.no_grad()
+def test_without_a_context_the_transformers_attend_to_the_grid_alone():
+    """A model of classes has no tokens: (B, 0, 0)."""
+    network = randomized(UNet(2, 2, 8, [1, 2], blocks=1, depths=[0, 1], middle_depth=1, context_channels=0, heads=2,
+                              vector_channels=4, groups=4))  # fmt: skip
+    assert not any("attn2" in name for name in network.state_dict())
+    cond = Conditioning(torch.zeros(2, 0, 0), torch.zeros(2, 0, dtype=torch.bool), normal(2, 4))
+    out = network(normal(2, 2, 8, 8), torch.zeros(2), cond)
+    assert out.isfinite().all()
+    assert torch.equal(
+        out, network(normal(2, 2, 8, 8), torch.zeros(2), conditioning(2, 8)._replace(vector=cond.vector))
+    )
+    assert not torch.equal(out, network(normal(2, 2, 8, 8), torch.zeros(2), cond._replace(vector=-cond.vector)))

@@ -25,6 +25,10 @@ class Denoiser(nn.Module):
         self.backbone = backbone
         self.parameterization = parameterization
 
+    def prepared(self, cond: Conditioning) -> Conditioning:
+        """The same conditioning for this denoiser alone, with what its backbone computes of it once for all steps."""
+        return self.backbone.prepared(cond) if hasattr(self.backbone, "prepared") else cond
+
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """x: (B, C, H, W) = x0 + σ·noise; sigma: (B,) or (), on any device. Returns x0_hat, (B, C, H, W) float32."""
         # The coat stays float32 around a bfloat16 F: autocast leaves products alone and c_out·F promotes. Predicting

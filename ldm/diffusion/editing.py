@@ -136,7 +136,7 @@ def interpolate(a: Conditioning, b: Conditioning, t: float) -> Conditioning:
     if shapes[0] != shapes[1]:
         raise UserError(f"interpolate: the conditionings' shapes are {shapes[0]} and {shapes[1]}; give equal shapes")
     tokens = slerp(a.tokens.flatten(0, 1), b.tokens.flatten(0, 1), t).view_as(a.tokens)
-    spatial = None if a.spatial is None else torch.lerp(a.spatial, b.spatial, t)
+    spatial = None if a.spatial is None or b.spatial is None else torch.lerp(a.spatial, b.spatial, t)
     return Conditioning(tokens, a.mask | b.mask, torch.lerp(a.vector, b.vector, t), spatial)
 
 

@@ -8,6 +8,7 @@ before it, which it may leave uncomputed, and of the `Step`, which evaluates the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Step:
     Attributes:
         x: (B, C, H, W). sigma: ().
         denoiser, cond, null: what guidance was given; cond and null have B rows.
+        both: null's rows, then cond's, put together once for all steps; None where classifier-free guidance needs no both.
         memory: what a rule remembers from the steps before, by its own name; empty at the start of a sample.
     """
 
@@ -32,6 +34,7 @@ class Step:
     denoiser: Denoiser
     cond: Conditioning
     null: Conditioning
+    both: Conditioning | None
     memory: dict[str, Tensor]
     _known: dict[int, Tensor] = field(default_factory=dict)
 
@@ -39,9 +42,8 @@ class Step:
         """x0_hat (B, C, H, W) under each, those not known yet in one batched call."""
         new = [c for i, c in enumerate(conds) if id(c) not in self._known and all(c is not d for d in conds[:i])]
         if new:
-            together = new[0]
-            for c in new[1:]:
-                together = together.cat(c)
+            usual = len(new) == 2 and new[0] is self.null and new[1] is self.cond
+            together = self.both if usual and self.both is not None else reduce(Conditioning.cat, new)
             out = self.denoiser(torch.cat([self.x] * len(new)), self.sigma, together).chunk(len(new))
             self._known.update(zip(map(id, new), out, strict=True))
         return tuple(self._known[id(c)] for c in conds)
@@ -76,12 +78,13 @@ class Guidance:
 
     def __call__(self, denoiser: Denoiser, cond: Conditioning, null: Conditioning) -> DenoiseFn:
         """cond: B rows; null: 1 row or B rows. The DenoiseFn takes x (B, C, H, W) and sigma ()."""
-        null = _expand(null, len(cond.tokens))
+        null = null.expand(len(cond.tokens))
+        both = None if self.scale in (0, 1) else null.cat(cond)
         memory: dict[str, Tensor] = {}
         predict: Prediction = self._classifier_free
         for rule in self.rules.values():
             predict = _after(rule, predict)
-        return lambda x, sigma: predict(Step(x, sigma, denoiser, cond, null, memory))
+        return lambda x, sigma: predict(Step(x, sigma, denoiser, cond, null, both, memory))
 
     def _classifier_free(self, step: Step) -> Tensor:
         if self.scale in (0, 1):
@@ -172,7 +175,7 @@ class Autoguidance:
 
     def __call__(self, before: Prediction, step: Step) -> Tensor:
         x0_hat = before(step)
-        weak = self.denoiser(step.x, step.sigma, step.cond)
+        weak = self.denoiser(step.x, step.sigma, step.cond._replace(keys_values=None))  # those are another network's
         return weak + self.scale * (x0_hat - weak)
 
 
@@ -259,7 +262,3 @@ class GradientGuidance:
 def _norm(x: Tensor) -> Tensor:
     """(B, 1, 1, 1), never 0."""
     return x.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-
-
-def _expand(cond: Conditioning, rows: int) -> Conditioning:
-    return Conditioning(*(None if part is None else part.expand(rows, *part.shape[1:]) for part in cond))

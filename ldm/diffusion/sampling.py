@@ -49,4 +49,5 @@ class Sampling:
         """
         sigmas = self.sigmas()
         x = random.normal("sampling", shape) * sigmas[0]
+        cond, null = denoiser.prepared(cond), denoiser.prepared(null)
         return self.solver(self.guidance(denoiser, cond, null), x, sigmas, BrownianPath(random, shape), callback)

@@ -230,7 +230,8 @@ def plms(
             mean = (slopes[0] + (ahead - _evaluate(denoise, ahead.to(dtype), sigma_next)) / sigma_next) / 2
         else:
             weights = _ADAMS_BASHFORTH[len(slopes) - 1]
-            mean = sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
+            terms = (weight * slope for weight, slope in zip(weights, slopes, strict=True))
+            mean = sum(terms, x.new_zeros(()))
         x = x + (sigma_next - sigma) * mean
     return x.to(dtype)
 
@@ -265,6 +266,7 @@ def restart(
     x = solver(denoise, x, sigmas[: bottom + 1], noise, callback)
     back_up = math.sqrt(levels[top] ** 2 - levels[bottom] ** 2)
     for again in range(times):
+        assert noise is not None  # or `_steps` had refused
         # levels above the grid's are no step of the path: their noise is independent of every step's
         x = x + back_up * noise((again + 2) * (1 + levels[0]), (again + 1) * (1 + levels[0]))
         x = solver(denoise, x, sigmas[top : bottom + 1], noise)
@@ -292,7 +294,10 @@ def _towards(x0_hat: Tensor, x: Tensor, ratio: float) -> Tensor:
 
 
 def _renoise(x: Tensor, amount: float, noise: Noise | None, sigma: float, sigma_next: float) -> Tensor:
-    return x if amount == 0 else x + amount * noise(sigma, sigma_next)
+    if amount == 0:
+        return x
+    assert noise is not None  # or `_steps` had refused
+    return x + amount * noise(sigma, sigma_next)
 
 
 def _ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:

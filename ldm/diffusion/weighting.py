@@ -49,24 +49,18 @@ class MinSNR:
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma < math.inf:
-            raise UserError(f"MinSNR: gamma is {self.gamma}; give a number > 0 (the paper uses 5)")
+            raise UserError(f"{type(self).__name__}: gamma is {self.gamma}; give a number > 0 (the paper uses 5)")
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return snr(sigma).clamp(max=self.gamma)
 
 
 @dataclass(frozen=True)
-class SoftMinSNR:
+class SoftMinSNR(MinSNR):
     """1/(σ² + 1/γ): min-SNR with a smooth knee (Crowson et al. 2024, "Hourglass diffusion transformers", section 4.5).
 
     Raises UserError unless gamma > 0.
     """
-
-    gamma: float = 5.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma < math.inf:
-            raise UserError(f"SoftMinSNR: gamma is {self.gamma}; give a number > 0")
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return 1 / (sigma**2 + 1 / self.gamma)
