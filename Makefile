@@ -23,6 +23,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

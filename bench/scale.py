@@ -233,7 +233,7 @@ def train(steps: int, toy: bool) -> None:
     )  # fmt: skip
     world = int(os.environ.get("WORLD", 1))
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, max_steps=steps, max_epochs=-1, logger=False, callbacks=[Watch()],
+        accelerator="cpu", devices=world, max_steps=steps, max_epochs=-1, limit_val_batches=0, logger=False, callbacks=[Watch()],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         strategy=ddp(60, process_group_backend="gloo", gradient_as_bucket_view=True) if world > 1 else "auto",
     )  # fmt: skip

@@ -54,9 +54,9 @@ def check(cfg: DictConfig) -> None:
     for path, value in leaves(cfg):
         _check_choice(path, value)
         _check_range(path, value)
-    for node, path in _objects(cfg):
-        _check_object(node, path)
     _check_batch(cfg)
+    for node, path in _objects(cfg):  # last: it reads sources
+        _check_object(node, path)
     refuse_secrets(
         [f"{key}={value}" for key, value in leaves(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))]
     )
@@ -242,8 +242,8 @@ def _check_batch(cfg: DictConfig) -> None:
     trainer = cfg.get("trainer") or {}
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
     ranks = devices * nodes if type(devices) is type(nodes) is int and devices > 0 else 1
-    accumulate, batch = trainer.get("accumulate_grad_batches", 1), cfg.data.get("batch_size", 1)
-    if batch % (ranks * accumulate):
+    accumulate, batch = trainer.get("accumulate_grad_batches", 1), cfg.data.get("batch_size")
+    if type(accumulate) is type(batch) is int and batch % (ranks * accumulate):
         raise UserError(
             f"data.batch_size={batch} cannot be split over {ranks} ranks x {accumulate} accumulation steps; "
             f"use a multiple of {ranks * accumulate}"

@@ -20,11 +20,22 @@ def test_an_axis_places_values_and_ticks():
     assert [text for _, text in Axis.of([0, 2e6], 0, 100, False).ticks()] == ["0", "500k", "1M", "1.5M", "2M"]
 
 
+def test_ticks_of_small_and_negative_values():
+    assert [text for _, text in Axis.of([-0.1, 0.1], 0, 100, True).ticks()] == [
+        "-0.10",
+        "-0.05",
+        "0.00",
+        "0.05",
+        "0.10",
+    ]
+    assert [text for _, text in Axis.of([0, 4e-7], 0, 100, True).ticks()] == ["0", "1e-07", "2e-07", "3e-07", "4e-07"]
+
+
 def test_values_over_many_decades_are_on_a_logarithmic_axis():
     axis = Axis.of([1e-4, 1.0], 0.0, 100.0, True)
     assert axis.log
     assert axis(1e-2) == pytest.approx(50, abs=0.1)
-    assert {"0.0001", "0.01", "1.0000"} & {text for _, text in axis.ticks()}
+    assert {text for _, text in axis.ticks()} == {"0.0001", "0.001", "0.01", "0.1", "1"}
     assert not Axis.of([0.0, 1.0], 0, 100, True).log
     assert not Axis.of([1e-4, 1.0], 0, 100, False).log
 

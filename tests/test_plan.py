@@ -52,7 +52,7 @@ def test_parameters_are_exact_and_memory_adds_up():
     assert memory["optimizer"] == pytest.approx(8 * trained, rel=0.01)  # Adam: two, and a step for each tensor
     assert found.peak == sum(memory.values())
     assert memory["activations"] > 0
-    cut = plan.estimate(tiny.latent_diffusion, Setup(tiny.SIDE, 4, averages=2, parts=2), gpu=False)
+    cut = plan.estimate(tiny.latent_diffusion, Setup(tiny.SIDE, 4, averages=2, clip=None, parts=2), gpu=False)
     assert cut.memory["weights"] * 2 == memory["weights"]
     assert cut.memory["frozen"] == memory["frozen"]
 
@@ -69,6 +69,7 @@ def test_activations_grow_with_the_batch_and_shrink_with_bfloat16_and_recomputat
     assert size(16) == pytest.approx(4 * size(4), rel=0.05)
     assert size(16, "bf16-mixed") < size(16, "bf16-mixed", gpu=True) < size(16)  # a GPU normalizes in float32
     assert size(16, checkpointing=True) < 0.6 * size(16)
+    assert size(4, "bf16-mixed", gpu=True, checkpointing=True) < size(4, "bf16-mixed", gpu=True)
 
 
 def test_the_peak_of_a_chain_is_counted_by_hand():

@@ -78,6 +78,7 @@ def downloaded(shown: Tab, gallery: str) -> list[tuple[Image.Image, dict]]:
     return [(image, json.loads(image.text["ldm"])) for image in images]
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_type_generate_see_the_picture(address: str, trained: Path, width: int):
@@ -103,6 +104,7 @@ def test_type_generate_see_the_picture(address: str, trained: Path, width: int):
         assert [each for each in shown.problems if "ERR_ABORTED" not in each] == []  # frames that a later one replaced
 
 
+@pytest.mark.slow
 @needs_browser
 def test_two_sides_start_from_the_same_noise(address: str, trained: Path):
     with tab() as shown:
@@ -131,6 +133,7 @@ def test_two_sides_start_from_the_same_noise(address: str, trained: Path):
             assert abs(np.asarray(image).astype(int) - expected).max() <= 1
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_picture_is_uploaded_and_brushed_over(address: str, tmp_path: Path):
     Image.new("RGB", (200, 120), (10, 200, 90)).save(tmp_path / "init.png")
@@ -157,6 +160,7 @@ def test_a_picture_is_uploaded_and_brushed_over(address: str, tmp_path: Path):
         assert told["strength"] == 0.7
 
 
+@pytest.mark.slow
 @needs_browser
 def test_stop(address: str):
     with tab() as shown:
@@ -177,6 +181,7 @@ def test_stop(address: str):
         assert generate(shown).startswith("1 × 32 px in ")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_mistake_is_one_line_on_the_page(address: str):
     with tab() as shown:
@@ -188,6 +193,7 @@ def test_a_mistake_is_one_line_on_the_page(address: str):
         assert "an average's length is 0.7; give one in (0, 0.28]" in toast.inner_text()
 
 
+@pytest.mark.slow  # the fixtures train three tiny runs
 def test_it_listens_on_this_machine_alone(address: str):
     port = int(re.search(r":(\d+)/", address)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=5):
@@ -196,6 +202,7 @@ def test_it_listens_on_this_machine_alone(address: str):
         other.bind(("127.0.0.2", port))  # refused if it listened on every address
 
 
+@pytest.mark.slow
 def test_the_command_refuses(run, trained: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     code, _, stderr = run("ui", tmp_path / "none")
     assert (code, "there is no run in" in stderr) == (2, True)

@@ -42,11 +42,12 @@ def main() -> None:
     """A mistake of the user's, or the system's refusal (disk full, no such folder), is one line and its exit code."""
     try:
         app()
-    except UserError as error:
-        message, code = str(error), error.exit_code
     except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), UserError.exit_code
-    else:
-        return
-    typer.echo(f"error: {message}", err=True)
-    sys.exit(code)
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        typer.echo(f"error: {message}", err=True)
+        sys.exit(UserError.exit_code)
+    except Exception:
+        from ldm.config_errors import mistakes_in_one_line
+
+        with mistakes_in_one_line(show_traceback=False):
+            raise

@@ -71,10 +71,8 @@ class Axis(NamedTuple):
         inside = [float(value) for value in values if low <= value <= high]
         places = max((len(f"{value:.10f}".rstrip("0").partition(".")[2]) for value in inside), default=0)
         big = EngFormatter(sep="")
-        return [
-            (self(v), big(v) if abs(v) >= 1e4 else f"{v:.{min(places, 6)}f}" if v >= 1e-5 or not v else f"{v:.0e}")
-            for v in inside
-        ]
+        alike = all(v == 0 or 1e-5 <= abs(v) < 1e4 for v in inside) and not self.log
+        return [(self(v), f"{v:.{places}f}" if alike else big(v) if abs(v) >= 1 else f"{v:g}") for v in inside]
 
 
 class Mark(NamedTuple):

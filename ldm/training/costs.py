@@ -5,8 +5,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -100,15 +99,11 @@ class Allocated(TorchDispatchMode):
         self.live -= size
 
 
-class CudaAutocast(TorchFunctionMode):
-    """Inside the CPU's autocast, what only the GPU's does: normalizations and enlarging in float32."""
-
-    FLOAT32 = (torch.nn.functional.group_norm, torch.nn.functional.layer_norm, torch.nn.functional.interpolate)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.FLOAT32:
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+def normalize_in_float32(module: nn.Module) -> None:
+    """What a GPU's autocast does and the CPU's does not, which counts in what is kept for the backward pass."""
+    for each in module.modules():
+        if isinstance(each, (nn.GroupNorm, nn.LayerNorm)):
+            each.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def peak_resident() -> int:

@@ -7,7 +7,6 @@ import ctypes
 import json
 import resource
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ldm.diffusion import schedules
 from ldm.errors import UserError
 from ldm.models.text import CachedText
 from ldm.training.base import TrainingModule
-from ldm.training.costs import PEAKS, Allocated, CudaAutocast, flop_counter, peak_resident
+from ldm.training.costs import PEAKS, Allocated, flop_counter, normalize_in_float32, peak_resident
 from ldm.training.ema import trainable
 from ldm.training.strategies import clip_norm
 
@@ -173,14 +172,11 @@ class Job:
             batch |= {k: v.repeat(n, *[1] * (v.dim() - 1)) for k, v in zip(names, text([""]), strict=True)}
         return batch
 
-    def forward(self, gpu_rules: bool = False) -> Tensor:
-        with ExitStack() as stack:
-            if self.setup.precision in _AUTOCAST:
-                stack.enter_context(torch.autocast(self.device, _AUTOCAST[self.setup.precision]))
-                if gpu_rules:
-                    stack.enter_context(CudaAutocast())
+    def forward(self) -> Tensor:
+        dtype = _AUTOCAST.get(self.setup.precision)
+        with torch.autocast(self.device, dtype, enabled=dtype is not None):
             out = self.module.training_step(self.batch, 0)
-            return out["loss"] if isinstance(out, dict) else out
+        return out["loss"] if isinstance(out, dict) else out
 
     def backward(self, loss: Tensor) -> None:
         """In Lightning's order: the gradients of the step before are there until now."""
@@ -188,8 +184,9 @@ class Job:
         loss.backward()
 
     def update(self) -> None:
-        for part in self.module.clipped_apart():
-            clip_norm(part, self.setup.clip)
+        if self.setup.clip:
+            for part in self.module.clipped_apart():
+                clip_norm(part, self.setup.clip)
         self.optimizer.step()
         for average in self.averages:
             torch._foreach_lerp_(average, [p.float() for p in self.storage], 0.1)
@@ -233,9 +230,11 @@ def estimate(build: Callable[[], TrainingModule], setup: Setup, gpu: bool) -> Es
         with FakeTensorMode(allow_non_fake_inputs=True):
             with Allocated():
                 job = Job(build(), setup)
+            if gpu and setup.precision in _AUTOCAST:
+                normalize_in_float32(job.module)
             with flop_counter() as counter, Allocated() as allocated:
                 inside = Inside(job.module, counter)
-                loss = job.forward(gpu)
+                loss = job.forward()
                 forward, saved = counter.get_total_flops(), allocated.peak
                 job.backward(loss)
                 peak = allocated.peak  # what comes after has no activations

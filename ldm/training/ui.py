@@ -35,6 +35,7 @@ CSS = """
 #shown .grid-wrap {max-height: none; padding-top: 2.4rem}
 .small img {image-rendering: pixelated}
 .label-wrap {text-align: left}
+#ask button {padding-inline: 0.5rem; white-space: nowrap}
 """
 SMALL = 128  # pixels; smaller pictures are shown enlarged, pixel by pixel
 Shown = tuple[dict[str, Any], dict[str, Any], str]  # what becomes of the two galleries, and what is going on
