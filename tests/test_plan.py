@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ldm import config
 from ldm.cli import app
+from ldm.cli import plan as verb
 from ldm.diffusion import schedules
 from ldm.errors import UserError
 from ldm.models.unet import UNet
@@ -198,6 +199,17 @@ def test_the_screen_says_it_all():
     )
     for words in ("Parameters", "denoiser", "peak", "Operations", "118,400 samples on 1 x H100", "in money"):
         assert words in result.stdout
+
+
+def test_a_first_stage_that_is_not_here_is_that_of_its_command():
+    notes: list[str] = []
+    z16 = verb._architecture(
+        notes, "nowhere", "python train.py experiment=kl_f8 model/autoencoder=kl_f8_z16 data.shards='...'"
+    )
+    assert (z16["latent_channels"], notes) == (16, [])
+    imported = verb._architecture(notes, "nowhere", "ldm import sd2 runs/sd2")
+    assert (imported["latent_channels"], imported["multipliers"]) == (4, [1, 2, 4, 4])
+    assert "taken to be KL-f8" in notes[0]
 
 
 def test_a_first_stage_trains_with_its_adversary():

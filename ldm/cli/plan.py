@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +46,7 @@ def plan(
     for key, value in config.leaves(cfg):
         if value == "???":
             config.OmegaConf.update(cfg, key, "not given")
-    model = config.OmegaConf.create(plan.sized(config.plain(cfg.model), _architecture, notes))
+    model = config.OmegaConf.create(plan.sized(config.plain(cfg.model), partial(_architecture, notes), notes))
 
     def build() -> Any:
         return config.build(model)
@@ -107,14 +108,17 @@ def _setup(cfg: Any, notes: list[str]) -> tuple[int, "Setup"]:
                           trainer.gradient_clip_val, parts)  # fmt: skip
 
 
-def _architecture(run: str, command: str) -> dict[str, Any]:
-    """An autoencoder's config: its run's, or that of the experiment which its command trains."""
+def _architecture(notes: list[str], run: str, command: str) -> dict[str, Any]:
+    """An autoencoder's config: its run's, or that of the experiment which its command trains, or of imported models."""
     from pathlib import Path
 
     from ldm import config
 
     if (Path(run) / "config.yaml").is_file():
         return config.plain(config.run_config(run).model)["autoencoder"]
+    if command.startswith("ldm import"):
+        notes.append(f"the first stage in {run} is not here: it is taken to be KL-f8")
+        return config.plain(config.option("model/autoencoder", "kl_f8"))
     words = shlex.split(command)
     overrides = list(
         takewhile(lambda word: "=" in word, words[words.index("train.py") + 1 :] if "train.py" in words else [])
