@@ -23,7 +23,7 @@ class Spy(nn.Module):
         return torch.full_like(x[:, :4], self.value, dtype=self.dtype)
 
 
-@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=str)
+@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=lambda each: type(each).__name__)
 def test_the_backbone_wears_its_coat(parameterization: Parameterization):
     x, sigma, cond = torch.randn(3, 4, 2, 2), torch.tensor([0.1, 1.0, 14.0]), conditioning(3)
     spy = Spy()

@@ -47,7 +47,7 @@ def both(sigma: Tensor = SIGMA) -> tuple[Tensor, Tensor]:
     return tuple(Denoiser(Network(), V())(X, sigma, cond) for cond in (COND, NULL_3))
 
 
-@pytest.mark.parametrize("parameterization", [Eps(), V(), Flow(), X0()], ids=str)
+@pytest.mark.parametrize("parameterization", [Eps(), V(), Flow(), X0()], ids=lambda each: type(each).__name__)
 def test_guidance_on_d_is_guidance_on_the_prediction(parameterization):
     """F_null + scale·(F_cond − F_null), and D of that: what the literature does with ε."""
     network = Network()

@@ -29,7 +29,7 @@ INDEX = torch.arange(16)
 Z = KeyedRandom(1, INDEX).normal("latents", (4, 8, 8))
 
 
-@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=str)
+@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize("weighting", [None, MinSNR(5.0)], ids=["classical", "min-SNR"])
 def test_float32_is_within_a_thousandth_of_float64(parameterization: Parameterization, weighting):
     weighting = weighting or Classical(parameterization)
@@ -136,7 +136,7 @@ def test_offset_noise_adds_one_number_per_sample_and_channel():
     assert extra.mean(dim=(2, 3)).unique().numel() == 64
 
 
-@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=str)
+@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=lambda each: type(each).__name__)
 def test_input_perturbation_moves_the_input_and_not_the_target_of_f(parameterization: Parameterization):
     """Ning et al. 2023, algorithm 1: |F(x with ε + γξ) − F's target for (z, ε)|², in terms of F."""
     random = KeyedRandom(0, INDEX)

@@ -29,7 +29,7 @@ def house_table(parameterization: Parameterization, s: Tensor) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("parameterization", ALL, ids=str)
+@pytest.mark.parametrize("parameterization", ALL, ids=lambda each: type(each).__name__)
 def test_coefficients_follow_the_table(parameterization: Parameterization, dtype: torch.dtype):
     *expected, expected_weight = house_table(parameterization, SIGMA)
     sigma = SIGMA.to(dtype)

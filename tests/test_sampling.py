@@ -57,7 +57,7 @@ class Perfect(nn.Module):
 @pytest.mark.parametrize("schedule", [ScaledLinear(), RectifiedFlow()], ids=["scaled linear", "flow"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS, ids=str)
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS, ids=lambda each: type(each).__name__)
 def test_a_perfect_network_samples_its_target(
     parameterization: Parameterization, solver: Solver, scale: float, schedule: Schedule
 ):
@@ -85,7 +85,7 @@ class Network(nn.Module):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS, ids=str)
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS, ids=lambda each: type(each).__name__)
 def test_a_sample_does_not_know_its_neighbors(parameterization: Parameterization, solver: Solver, scale: float):
     sampling = Sampling(solver, ScaledLinear(), Guidance(scale), steps=8)
     denoiser = Denoiser(Network(), parameterization)

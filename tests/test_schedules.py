@@ -29,7 +29,7 @@ ALL = [ScaledLinear(), Linear(), ZeroTerminalSNR(ScaledLinear()), Karras(), Expo
        Shifted(RectifiedFlow(), 3.0), Mode(), Mode(scale=-0.8), Cosine(), AYS]  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ALL, ids=str)
+@pytest.mark.parametrize("schedule", ALL, ids=lambda each: type(each).__name__)
 def test_rises_and_stays_finite(schedule: Schedule):
     sigma = schedule(torch.linspace(0, 1, 1001).view(7, 143))
     assert sigma.shape == (7, 143)
@@ -120,7 +120,7 @@ def test_cosine_is_near_that_of_nichol_and_dhariwal():
     torch.testing.assert_close(1 / (1 + sigma**2), alphas_cumprod, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("schedule", ALL, ids=str)
+@pytest.mark.parametrize("schedule", ALL, ids=lambda each: type(each).__name__)
 @pytest.mark.parametrize("steps", [1, 2, 50])
 def test_grid_falls_from_the_top_to_zero(schedule: Schedule, steps: int):
     sigmas = grid(schedule, steps)
@@ -164,7 +164,9 @@ def test_bad_settings(make, message: str):
 @pytest.mark.parametrize(("ours", "name"), [(ScaledLinear(), "scaled_linear"), (Linear(0.00085, 0.012), "linear")])
 @pytest.mark.parametrize("steps", [2, 7, 20, 50])  # one linspace step of theirs starts without noise
 @pytest.mark.parametrize(
-    ("spacing", "theirs"), [(linspace, "linspace"), (Leading(), "leading"), (Trailing(), "trailing")], ids=str
+    ("spacing", "theirs"),
+    [(linspace, "linspace"), (Leading(), "leading"), (Trailing(), "trailing")],
+    ids=["linspace", "leading", "trailing"],
 )
 def test_spacings_are_those_of_diffusers(ours: Schedule, name: str, steps: int, spacing: Spacing, theirs: str):
     diffusers = pytest.importorskip("diffusers")

@@ -30,7 +30,7 @@ def test_min_snr_is_the_published_loss_for_eps_and_v(prediction):
     torch.testing.assert_close(ours, ratio.clamp(max=5) / (ratio + 1) * mse(v_hat, v))
 
 
-@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=str)
+@pytest.mark.parametrize("parameterization", [Eps(), V(), X0(), Flow(), EDM()], ids=lambda each: type(each).__name__)
 def test_classical_is_the_error_of_the_network(parameterization: Parameterization, prediction):
     x0, eps, x0_hat = prediction
     c_skip, c_out, *_ = (c[:, None] for c in parameterization.coefficients(SIGMA))
