@@ -16,9 +16,10 @@ demo: .venv/installed
 	@$(BIN)/python evaluate.py checkpoint=runs/demo n=384 'sweep.guidance=$(SWEEP)'
 
 PYTEST_ARGS ?= -m "not slow"
+PYTEST_WORKERS ?= 2
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

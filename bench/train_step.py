@@ -129,7 +129,7 @@ def memory(side: str, size: str, batch: int, v2: bool = False) -> int:
     one = recipe(side, size, v2)
     for _ in range(3):
         one.step(*given)
-    return measuring.peak() - before
+    return max(1, measuring.peak() - before)  # at toy size importing has taken more
 
 
 def peaks(*given: str) -> list[float]:

@@ -2,13 +2,24 @@
 
 import io
 import json
+import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """What a test leaves in the environment (Hydra's, W&B's and Lightning's settings) reaches no other."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
 
 Members = Iterable[tuple[str, bytes]]
 

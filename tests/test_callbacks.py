@@ -143,16 +143,17 @@ def test_a_few_samples_are_scored_at_each_validation(tmp_path: Path, monkeypatch
 
 def test_the_loss_by_noise_level_is_the_mean_of_each_level_s_samples():
     logged: dict[str, float] = {}
-    module = SimpleNamespace(log_dict=lambda values, **_: logged.update(values))
+    logger = SimpleNamespace(log_metrics=lambda values, step: logged.update(values, step=step))
     outputs = {"losses": torch.tensor([1.0, 2.0, 4.0, 8.0]), "sigma": torch.tensor([0.05, 2.0, 3.0, 50.0])}
     stub = trainer(
-        log_every_n_steps=10, accumulate_grad_batches=2, strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums)
-    )
+        log_every_n_steps=10, accumulate_grad_batches=2, strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums),
+        loggers=[logger],
+    )  # fmt: skip
     callback = LossBySigma([0.1, 1.0, 10.0])
-    callback.on_train_batch_end(stub, module, outputs, batch(4), 0)  # the first half of a step
+    callback.on_train_batch_end(stub, None, outputs, batch(4), 0)  # the first half of a step
     assert logged == {}
-    callback.on_train_batch_end(stub, module, outputs, batch(4), 1)
-    assert logged == {"train/loss_sigma/below": 1.0, "train/loss_sigma/1": 3.0, "train/loss_sigma/10": 8.0}
+    callback.on_train_batch_end(stub, None, outputs, batch(4), 1)
+    assert logged == {"train/loss_sigma/below": 1.0, "train/loss_sigma/1": 3.0, "train/loss_sigma/10": 8.0, "step": 29}
     with pytest.raises(UserError, match=r"edges=\[1, 0.5\]; give ascending noise levels"):
         LossBySigma([1, 0.5])
 

@@ -12,6 +12,7 @@ from tiny import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu
+import gpu_report
 import scale
 
 ABSENT = ("hydra", "omegaconf", "webdataset", "open_clip", "wandb", "pytorch_lightning", "lightning_fabric", "torchmetrics",
@@ -76,7 +77,7 @@ def test_failures_are_told_apart_and_nothing_else_is_swallowed(tmp_path: Path, m
     assert told.measured("a", "2", lambda: fail(RuntimeError("no kernel\nx")))["failed"] == "RuntimeError: no kernel"
     with pytest.raises(KeyError):
         told.measured("a", "3", lambda: fail(KeyError("ours")))
-    monkeypatch.setattr(gpu, "EAGER", 0.2)
+    monkeypatch.setattr(gpu_report, "EAGER", 0.2)
     assert "TookTooLong" in told.measured("a", "4", forever)["failed"]
     assert "skipped" in report(tmp_path, minutes=0.0).measured("a", "compile", lambda: {"ran": 1})
     assert list(json.loads((tmp_path / "x.json").read_text())["cases"]["a"]) == ["compile"]

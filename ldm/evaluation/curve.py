@@ -38,7 +38,9 @@ def tradeoff(results: Sequence[Result]) -> Tradeoff | None:
     """The distance against alignment, or against what was swept; None without a sweep."""
     swept = [result for result in results if result.swept]
     distance, alignment = headline(list(swept[0].metrics) if len(swept) > 1 else [])
-    if distance is None:
+    # a score may be of some pictures alone, and earlier results may be of other metrics
+    swept = [result for result in swept if {distance, alignment or distance} <= result.metrics.keys()]
+    if distance is None or len(swept) < 2:
         return None
     axis = max(swept[0].swept, key=lambda name: len({str(result.swept[name]) for result in swept}))
     settings = list(dict.fromkeys(result.swept[axis] for result in swept))

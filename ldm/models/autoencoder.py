@@ -73,8 +73,7 @@ class AttnBlock(nn.Module):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = (per_token(layer, h)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, N, C): one head
         h = per_token(self.proj_out, F.scaled_dot_product_attention(q, k, v)[:, 0])
-        # h first: the sum has its layout, channels last, and so has all that follows: a CPU decodes a seventh faster
-        return h.transpose(1, 2).unflatten(2, x.shape[2:]) + x
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class AsymmetricDownsample(nn.Module):

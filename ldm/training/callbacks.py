@@ -235,7 +235,8 @@ class LossBySigma(Callback):
         values = {
             f"train/loss_sigma/{name}": total / n for name, total, n in zip(names, *sums.tolist(), strict=True) if n
         }
-        pl_module.log_dict(values, rank_zero_only=True)
+        for logger in trainer.loggers:  # not through Lightning, which would repeat a level that has no sample now
+            logger.log_metrics(values, trainer.global_step - 1)
 
 
 def _head(batch: Any, n: int) -> Any:

@@ -13,8 +13,7 @@ from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.markup import escape
 from torch import nn
 
 from ldm.data.manifest import expected
@@ -63,9 +62,7 @@ def banner(
     Args:
         source: the checkpoint that the run goes on from, or the run whose weights it starts with.
     """
-    console = Console(highlight=False)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
     if step >= trainer.max_steps:
         begins = f"is complete at step {step:,}: nothing to do; raise trainer.max_steps to go on"
     elif step:
@@ -91,11 +88,10 @@ def banner(
         "average": ", ".join(_average(each) for each in averages) or "none",
         "W&B": next((_where(each, run_dir) for each in trainer.loggers if isinstance(each, WandbLogger)), "off"),
     }
+    console.print(f"[bold]{name}[/]: {type(module).__name__}")
     for key, value in rows.items():
         if value is not None:
-            table.add_row(f"  {key}", Text(value))
-    console.print(f"[bold]{name}[/]: {type(module).__name__}")
-    console.print(table)
+            console.print(f"  [dim]{key:9}[/]  {escape(value)}")
 
 
 def _sizes(module: nn.Module) -> str:
