@@ -21,10 +21,10 @@ ALLOWED_TARGETS = ("ldm.", "pytorch_lightning.", "torch.nn.", "torch.optim.", "t
 RANGES = (  # what numbers of these names may be, wherever they stand: lowest, highest, in words
     (1, math.inf, "1 or more",
      "accumulate accumulate_grad_batches batch_size blocks channels columns context_length count every heads in_channels keep "
-     "keep_every latent_channels layers limit max_bytes max_steps max_streams multipliers n num_nodes "
+     "keep_every latent_channels layers limit log_every_n_steps max_bytes max_steps max_streams multipliers n num_nodes "
      "out_channels patch shuffle side steps timesteps total val_batch_size val_check_interval val_samples width"),
     (0, math.inf, "0 or more",
-     "depth depths gradient_clip_val input_perturbation log_every_n_steps middle_depth noise_scale num_workers "
+     "depth depths gradient_clip_val input_perturbation middle_depth noise_scale num_workers "
      "offset_noise penalty_weight perceptual_weight price_per_hour r1 seed start timeout vector_channels warmup weight_decay"),
     (1e-12, 10, "above 0 and at most 10", "lr"),
     (1e-12, 1e5, "above 0 and at most 1e5", "beta_end beta_start rho sigma_data sigma_max std"),
@@ -64,7 +64,9 @@ def check(cfg: DictConfig) -> None:
 
 def check_targets(cfg: DictConfig) -> None:
     """Raises UserError for a `_target_` that may not be built."""
-    for path, value in leaves(cfg):
+    for path, value in leaves(
+        OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    ):  # an interpolation hides none
         if re.search(r"(^|\.)_target_$", path) and not str(value).startswith(ALLOWED_TARGETS):
             files = "".join(file.read_text(encoding="utf-8") for file in CONFIGS.rglob("*.yaml"))
             near = difflib.get_close_matches(str(value), set(re.findall(r"_target_: ([\w.]+)", files)), n=1)
@@ -109,6 +111,8 @@ def _check_first_keys(cfg: DictConfig) -> None:
         if key not in known:
             raise UserError(unknown(key, cfg))
         default = primary.get(key)
+        if isinstance(default, dict) and not isinstance(cfg[key], DictConfig):
+            raise UserError(f"{key}={cfg[key]} is {_kind(cfg[key])}; it takes a mapping of {', '.join(default)}")
         if isinstance(default, dict) and set(cfg[key]) - set(default):
             name = min(set(cfg[key]) - set(default))
             raise UserError(f"unknown key {key}.{name}{nearest(name, default)}")

@@ -84,7 +84,7 @@ def explain(error: BaseException) -> str | None:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """The innermost first: that is where it went wrong."""
     if error is not None:
-        yield from _causes(error.__cause__ or error.__context__)
+        yield from _causes(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
         yield error
 
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 
 @pytest.fixture(autouse=True)
-def _own_environment() -> Iterator[None]:
-    """What a test leaves in the environment (Hydra's, W&B's and Lightning's settings) reaches no other."""
-    before = dict(os.environ)
+def _tracebacks_as_they_were() -> Iterator[None]:
+    """An entry point that ran in this process leaves Hydra's switch on, and later processes would show tracebacks."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
     yield
-    os.environ.clear()
-    os.environ.update(before)
+    if before is None:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 Members = Iterable[tuple[str, bytes]]

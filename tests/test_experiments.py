@@ -194,8 +194,9 @@ def test_finetune_sd_goes_on_from_an_imported_model(imported: Path, tiny_shards:
         assert now.model[part] == was.model[part]
     assert (now.model.optimizer.lr, now.model.lr_schedule.warmup, now.sampling.steps) == (0.01, 0, 2)
     assert {**now.sampling, "steps": 50} == was.sampling
-    losses = [json.loads(line) for line in (tmp_path / "still" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[0]["train/loss"] < 10  # a network with other weights, or another scale of latents, is far above
+    rows = [json.loads(line) for line in (tmp_path / "still" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert losses[0] < 10  # a network with other weights, or another scale of latents, is far above
 
 
 def test_what_a_finetuned_model_is_made_of_can_be_changed(imported: Path):

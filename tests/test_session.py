@@ -71,7 +71,7 @@ def test_the_banner_s_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert said["model"].startswith(f"{trained / 1e6:.3g}M parameters trained (conditioner ")
     assert said["model"].endswith(f"{frozen / 1e6:.3g}M frozen")
     assert said["rate"] == "Adam: 1e-05 at first, 0.001 after warm-up (100), 0.00054 half way, 6.8e-10 at last"
-    total = 4 * (trained + frozen) + (4 + 8 + 2 * 4) * trained  # weights; gradients, two moments, two averages
+    total = 4 * (trained + frozen) + (4 + 8 + 3 * 4) * trained  # weights; gradients, two moments, three averages
     assert said["memory"].startswith(f"{total / 2**20:.1f} MB before activations: weights ")
 
 

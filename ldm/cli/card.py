@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ldm.cli.screen import AsJson, RunPath
+from ldm.errors import UserError
 
 
 def card(
@@ -28,6 +29,8 @@ def card(
         typer.echo(markdown(found))
     else:
         path = out or run / "README.md"
+        if path.exists() and out is None:
+            raise UserError(f"{path} is there already, perhaps filled in: give --out FILE, or delete it")
         path.write_text(markdown(found))
         typer.echo(f"{path}: a model card; fill in what it asks for")
 
@@ -37,11 +40,12 @@ def facts(run: Path) -> dict[str, Any]:
     from json import loads
 
     from ldm import runs
+    from ldm.data.remote import shown
     from ldm.evaluation.results import newest
 
     config, found = runs.config_of(run), runs.read(run)
     report = run / "data_report.json"
-    model = config["model"]
+    model, shards = config["model"], config["data"].get("shards") or config["data"].get("folder")
     return {
         "name": found.name,
         "model": found.model,
@@ -53,7 +57,7 @@ def facts(run: Path) -> dict[str, Any]:
         "batch_size": config["data"].get("batch_size"),
         "side": config["data"].get("side"),
         "precision": (config.get("trainer") or {}).get("precision"),
-        "shards": config["data"].get("shards") or config["data"].get("folder"),
+        "shards": shown(shards) if isinstance(shards, str) else f"{len(shards or [])} sources",
         "filters": list((config["data"].get("decode") or {}).get("filters") or {}),
         "samples": loads(report.read_text()) if report.exists() else None,
         "last": found.metrics,

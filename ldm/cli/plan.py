@@ -51,6 +51,8 @@ def plan(
     def build() -> Any:
         return config.build(model)
 
+    if gpu is None and (samples is not None or price is not None):
+        raise UserError("--samples and --price are for time and money, which need --gpu, such as --gpu H100")
     total = samples
     if gpu is not None:
         plan.cost(1.0, gpu, devices, 1.0, mfu, price)  # a mistake is refused before the work
@@ -98,7 +100,12 @@ def _setup(cfg: Any, notes: list[str]) -> tuple[int, "Setup"]:
     strategy: Any = trainer.get("strategy") or {}
     parts = 1
     if "replicas" in strategy:
-        parts = devices // (strategy.replicas or nodes)
+        replicas = strategy.replicas or nodes
+        if devices % replicas:
+            raise UserError(
+                f"trainer.strategy.replicas={replicas} does not divide {devices} devices: give trainer.devices=..."
+            )
+        parts = devices // replicas
         notes.append(f"FSDP over {parts} devices; a block's gathered weights, at most one at a time, are not counted")
     targets = [str(cfg.data.get("decode", {}).get("_target_")), str(cfg.data.get("_target_"))]
     cached = any(target.endswith(("DecodeLatents", "ArrayDataModule")) for target in targets)

@@ -242,7 +242,7 @@ class ShardDataModule(DataModule):
     def sources(self) -> list[Source]:
         """The training shards."""
         if isinstance(self.shards, Mapping):
-            assert self.val_paths  # of their own
+            _ = self.val_paths  # refuses sources without validation shards of their own
             return [self._source(name, source) for name, source in self.shards.items()]
         paths = self._expand(self.shards)
         if self.val_shards is None and len(paths) < 2:

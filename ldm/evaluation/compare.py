@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from ldm.errors import UserError
@@ -125,9 +126,9 @@ def tables(comparison: Comparison) -> Iterator[Table]:
     """For a terminal."""
     out = Table(title="configuration", box=SIMPLE_HEAD)
     for name in ("", *(run.name for run in comparison.runs)):
-        out.add_column(name, overflow="fold")
+        out.add_column(escape(name), overflow="fold")
     for key, values in comparison.config.items():
-        out.add_row(key, *(_shown(value) for value in values))
+        out.add_row(*(escape(each) for each in (key, *map(_shown, values))))
     yield out
     for group in comparison.groups:
         made = "".join(f"\n{key}: {', '.join(map(_shown, values))}" for key, values in group.made.items())

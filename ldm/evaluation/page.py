@@ -151,6 +151,8 @@ def history(run: Path, x_name: str) -> dict[str, Line]:
     path = run / "metrics.jsonl"
     lines: dict[str, Line] = {}
     for text in path.read_text().splitlines() if path.exists() else ():
+        if not (text.startswith("{") and text.endswith("}")):
+            continue  # cut off by a kill, or being written
         row = json.loads(text)
         for name, value in row.items():
             if name not in ("step", "samples_seen") and value is not None:
@@ -261,9 +263,10 @@ class Score(NamedTuple):
         """The value, to the digits that half the interval has, and that half."""
         if self.value is None:
             return "", ""
-        digits = 1 - math.floor(math.log10(self.spread)) if self.spread else None
+        spread = self.spread if self.spread is not None and math.isfinite(self.spread) else None
+        digits = 1 - math.floor(math.log10(spread)) if spread else None
         value = f"{self.value:.4g}" if digits is None or digits > 6 else f"{self.value:.{max(0, digits)}f}"
-        return value, "" if self.spread is None else f"{self.spread:.2g}"
+        return value, "" if spread is None else f"{spread:.2g}"
 
     def beats(self, others: "Sequence[Score]", sign: int) -> bool:
         """No score without an interval beats, or is beaten."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from ldm.evaluation.protocol import incomparable, refuse_incomparable, under
@@ -69,10 +70,10 @@ def table(results: Sequence[Result], title: str) -> Table:
     first = results[0]
     for result in results[1:]:
         refuse_incomparable(first.protocol, result.protocol)
-    out = Table(title=title, box=SIMPLE_HEAD)
+    out = Table(title=escape(title), box=SIMPLE_HEAD)
     out.add_column("metric", no_wrap=True)
     for result in results:
-        out.add_column(result.label.replace(" ", "\n"), justify="right")
+        out.add_column(escape(result.label.replace(" ", "\n")), justify="right")
     for name in names(results):
         out.add_row(name, *(cell(result.metrics, name) for result in results))
     return out

@@ -231,6 +231,7 @@ def _written(result: Result, samples: dict[str, list[float]], step: int) -> Resu
     path = result.folder / "results.json"
     if path.exists():
         before = Result.read(result.folder)
+        result = result._replace(swept=result.swept or before.swept)  # one setting again leaves the sweep as it was
         old, new = before.protocol.get("features", {}), result.protocol["features"]
         if all(old[name] == value for name, value in new.items() if name in old):
             samples = {**before.samples(), **samples}

@@ -20,6 +20,7 @@ from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
 from ldm.evaluation.grid import picture_grid
 from ldm.evaluation.latent_plot import latent_plot
+from ldm.training.watchdog import Watchdog
 
 
 class DataPosition(Callback):
@@ -184,6 +185,11 @@ class RawValidation(Callback):
     """
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in trainer.callbacks:
+            if getattr(callback, "stopped", False):
+                return  # Checkpoint ends the run next
+            if isinstance(callback, Watchdog):
+                callback.on_validation_start(trainer, pl_module)  # this comes before its turn
         sums = torch.zeros(LEVELS + 1, dtype=torch.float64, device=pl_module.device)  # a rank may have no batch
         trainer.strategy.on_validation_start()  # gathers sharded weights
         limit = trainer.num_val_batches[0]

@@ -2,11 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, distributed
 from torch.utils._pytree import tree_map
 
@@ -156,6 +159,9 @@ class Checkpoint(Callback):
                 if step_of(path) > self.step:  # passed over: out of the way of those to come
                     path.with_suffix(".json").unlink(missing_ok=True)
                     path.rename(path.with_suffix(".damaged"))
+            best = best_of(self.run_dir)
+            if best and best["step"] > self.step:
+                (self.folder / "best.json").unlink()
         if self._any_rank(bool(interrupt.asked())):
             self._leave(trainer, "before the first step")
 
@@ -178,15 +184,18 @@ class Checkpoint(Callback):
         self.on_train_batch_start(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.best) if self.best else None
         if trainer.sanity_checking or not self.best or not self.ended_a_step:
             return
-        if value is None:
+        self.wait(trainer)  # the best so far may be on its way to the disk
+        value, better = trainer.callback_metrics.get(self.best), False
+        if self._any_rank(trainer.is_global_zero and value is None):  # the first rank alone has every value
             names = ", ".join(sorted(trainer.callback_metrics))
             raise UserError(f"callbacks.checkpoint.best={self.best} is not logged; there are: {names}")
-        before = best_of(self.run_dir)
-        if self._any_rank(before is None or self.sign * float(value) < self.sign * before["value"]):
-            self.save(trainer, float(value))
+        if trainer.is_global_zero and value is not None and math.isfinite(value):
+            before = best_of(self.run_dir)
+            better = before is None or self.sign * float(value) < self.sign * before["value"]
+        if self._any_rank(better):
+            self.save(trainer, None if value is None else float(value))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
@@ -201,13 +210,13 @@ class Checkpoint(Callback):
         Raises:
             UserError: it could not be written, or an asynchronous one before it, and there is no other.
         """
-        self.wait(trainer)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # FSDP gathers here
+        self.wait(trainer)  # after it: the watchdog knows by now that this is saving
         if trainer.is_global_zero:
             seen = getattr(trainer.datamodule, "samples_seen", None)
             state = {**(_copy(checkpoint) if self.asynchronous else checkpoint), "format": FORMAT}
             self.saving, self.writing = trainer.global_step, self.writer.submit(self._write, state, seen, best)
-        if not self.asynchronous:
+        if self.stopped or not self.asynchronous:
             self.wait(trainer)
 
     def wait(self, trainer: Trainer) -> None:
@@ -221,14 +230,21 @@ class Checkpoint(Callback):
         if writing is not None:
             try:
                 writing.result()
-                for logger in trainer.loggers:
-                    logger.after_save_checkpoint(self)
             except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
                 trouble, other = f"{type(error).__name__}: {error}".splitlines()[0], bool(newest(self.run_dir))
+            if not trouble:
+                self._tell(trainer.loggers)
         if self._any_rank(bool(trouble) and not other):
             raise UserError(f"the first checkpoint could not be written to {self.folder} ({trouble or 'on rank 0'})")
         if trouble:
             warnings.warn(f"step {self.saving} was not saved ({trouble}); {newest(self.run_dir)} stays", stacklevel=2)
+
+    def _tell(self, loggers: Sequence[Logger]) -> None:
+        for logger in loggers:
+            try:
+                logger.after_save_checkpoint(self)
+            except Exception as error:  # whatever a server makes of it, training goes on
+                warnings.warn(f"{type(logger).__name__} did not note step {self.saving} ({error})", stacklevel=3)
 
     def _write(self, checkpoint: dict[str, Any], samples_seen: int | None, best: float | None = None) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,7 @@ def draw(
         return to_uint8(stage.decode(sampling(module.denoiser, cond, null, random, shape, callback)))
     z = stage.latents(batch, random)
     x, sigmas = start_from(z, random.normal("sampling", z.shape[1:]), sampling.sigmas(), request.strength)
+    cond, null = (module.denoiser.prepared(each) for each in (cond, null))
     denoise = sampling.guidance(module.denoiser, cond, null)
     if request.mask:
         denoise = keep(denoise, z, F.interpolate(painted, size=z.shape[2:], mode="area"))  # as far as its pixels are

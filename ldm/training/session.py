@@ -17,6 +17,7 @@ from rich.markup import escape
 from torch import nn
 
 from ldm.data.manifest import expected
+from ldm.data.remote import shown
 from ldm.data.shards import BadSample
 from ldm.training.base import TrainingModule
 from ldm.training.ema import EMA, Average
@@ -73,7 +74,8 @@ def banner(
     ranks, accumulate = trainer.world_size, trainer.accumulate_grad_batches
     epochs = f", {trainer.max_steps * data.batch_size / count:,.3g} epochs" if count else ""
     averages = [each for each in trainer.callbacks if isinstance(each, Average)]
-    dropout = getattr(module, "caption_dropout", None)
+    strategy, dropout = trainer.strategy, getattr(module, "caption_dropout", None)
+    parts = ranks // (strategy.replicas or trainer.num_nodes) if isinstance(strategy, FullySharded) else 1
     rows = {
         "run": f"{run_dir} {begins}",
         "model": _sizes(module),
@@ -82,7 +84,7 @@ def banner(
         "steps": f"{trainer.max_steps:,}: {trainer.max_steps * data.batch_size:,} samples{epochs}",
         "rate": _rates(module, trainer.max_steps),
         "precision": f"{trainer.precision}, on {trainer.strategy.root_device.type}",
-        "memory": _memory(module, len(averages), ranks if isinstance(trainer.strategy, FullySharded) else 1),
+        "memory": _memory(module, sum(len(getattr(each, "exponents", [1])) for each in averages), parts),
         "data": described,
         "captions": None if dropout is None else f"{dropout:.0%} dropped, for guidance",
         "average": ", ".join(_average(each) for each in averages) or "none",
@@ -122,10 +124,13 @@ def _rates(module: TrainingModule, steps: int) -> str:
 
 def _memory(module: TrainingModule, averages: int, shards: int) -> str:
     """What stays from step to step on a device; activations come on top. Adam's kin keep two numbers a weight."""
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    own, frozen = (
+        sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad == flag)
+        for flag in (True, False)
+    )
     trained = sum(p.numel() * 4 for p in module.parameters() if p.requires_grad) / shards
     sizes = {
-        "weights": weights / shards,
+        "weights": own / shards + frozen,
         "gradients": trained,
         "optimizer": 2 * trained,
         "averages": averages * trained,
@@ -147,7 +152,7 @@ def _data(data: LightningDataModule) -> tuple[int | None, str]:
     total = None if None in counts else sum(counts)
     filters = ", ".join(getattr(data.decode, "filters", {})) or "none"
     samples = f" of {total:,} samples" if total else ""
-    return total, f"{len(paths):,} shards{samples} ({paths[0]} ...), {size}, filters: {filters}"
+    return total, f"{len(paths):,} shards{samples} ({shown(paths[0])} ...), {size}, filters: {filters}"
 
 
 def _count(data: LightningDataModule, shard: str) -> int | None:

@@ -87,7 +87,7 @@ class Throughput(Callback):
                 self.counter.__exit__(None, None, None)
                 self.operations = self.counter.get_total_flops()
             return self._begin()
-        self.ended = time.perf_counter()
+        self.ended, self.encoded_before = time.perf_counter(), self.encoding
         self.batches += 1
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % trainer.log_every_n_steps == 0:
@@ -95,7 +95,7 @@ class Throughput(Callback):
             self._begin()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.paused, self.encoded_before = time.perf_counter(), self.encoding
+        self.paused = self.ended  # raw validation came before this callback's turn
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         away = time.perf_counter() - self.paused
@@ -104,6 +104,7 @@ class Throughput(Callback):
     def _begin(self) -> None:
         self.start = self.ended = time.perf_counter()
         self.waited, self.encoding, self.batches = 0.0, 0.0, 0  # seconds, seconds, micro-batches
+        self.encoded_before = 0.0  # the last batch's end
 
     def _log(self, trainer: Trainer) -> None:
         seconds = self.ended - self.start
