@@ -263,3 +263,11 @@ def test_the_weaker_denoiser_of_autoguidance_needs_a_frozen_text_encoder(monkeyp
     weak = config.denoiser("runs/weak")
     assert weak is module.denoiser
     assert not any(p.requires_grad for p in weak.parameters())
+
+
+@pytest.mark.parametrize("target", ["${hidden}", "ldm.config.os.system"])
+def test_no_way_around_the_targets_that_may_be_built(target: str):
+    """A run's directory may come from anybody: neither an interpolation nor a module inside one of ours hides a target."""
+    node = OmegaConf.create({"hidden": "os.system", "node": {"_target_": target, "command": "true"}})
+    with pytest.raises(UserError, match="is refused"):
+        config.build(node.node)
