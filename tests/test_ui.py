@@ -142,18 +142,19 @@ def test_a_picture_is_uploaded_and_brushed_over(address: str, tmp_path: Path):
         page.goto(address)
         choose(shown, "Prompt", "a small blue square on white")
         page.get_by_text("Start from a picture").click()
-        with page.expect_response(lambda answer: "/upload" in answer.url):
-            page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "init.png")
         canvas = page.locator("#editor canvas").first
+        canvas.wait_for()
+        page.wait_for_timeout(3000)  # before that it may drop a file in silence
+        page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "init.png")
         canvas.scroll_into_view_if_needed()
-        page.wait_for_timeout(3000)  # it is laid out anew around the picture, at its own pace
+        page.wait_for_timeout(4000)  # it is laid out anew around the picture, at its own pace
         box = canvas.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         page.mouse.move(x, y)
         page.mouse.down()
         page.mouse.move(x + 20, y + 10, steps=5)
         page.mouse.up()
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(3000)  # it hands the picture over when it has come to rest
         generate(shown)
         told = downloaded(shown, "pictures")[0][1]
         assert told["init"]
