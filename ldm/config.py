@@ -16,7 +16,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.config_check import ALLOWED_TARGETS, check, check_targets, leaves, refuse_secrets
+from ldm.config_check import ALLOWED_TARGETS, check, check_targets, leaves, refuse_secrets, targets
 from ldm.config_errors import CONFIGS, explain, mistakes_in_one_line, nearest
 from ldm.config_help import page
 from ldm.errors import UserError
@@ -88,11 +88,10 @@ def build(node: DictConfig, **objects: Any) -> Any:
     Raises UserError for a `_target_` that may not be built: a run's directory, too, may come from elsewhere.
     """
     check_targets(node)
-    for path, target in leaves(OmegaConf.create(plain(node))):
-        if re.search(r"(^|\.)_target_$", path):  # a module of ours may hold another's name: ldm.config.os
-            home = getattr(hydra.utils.get_object(target), "__module__", None)
-            if not f"{home}.".startswith((*ALLOWED_TARGETS, "torch._C.")):
-                raise UserError(f"{path}={target} is refused: it is {home}'s, not one of ours")
+    for path, target in targets(node):  # a module of ours may hold another's name: ldm.config.os
+        home = getattr(hydra.utils.get_object(target), "__module__", None)
+        if not f"{home}.".startswith((*ALLOWED_TARGETS, "torch._C.")):
+            raise UserError(f"{path}={target} is refused: it is {home}'s, not one of ours")
     return hydra.utils.instantiate(node, _convert_="all", **objects)
 
 

@@ -57,19 +57,24 @@ def check(cfg: DictConfig) -> None:
     _check_batch(cfg)
     for node, path in _objects(cfg):  # last: it reads sources
         _check_object(node, path)
-    refuse_secrets(
-        [f"{key}={value}" for key, value in leaves(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))]
-    )
+    refuse_secrets([f"{key}={value}" for key, value in leaves(_resolved(cfg))])
+
+
+def targets(cfg: DictConfig) -> Iterator[tuple[str, str]]:
+    """(dotted key, name) of every `_target_`, also of one behind an interpolation."""
+    return ((path, str(value)) for path, value in leaves(_resolved(cfg)) if re.search(r"(^|\.)_target_$", path))
+
+
+def _resolved(cfg: DictConfig) -> Any:
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
 
 
 def check_targets(cfg: DictConfig) -> None:
     """Raises UserError for a `_target_` that may not be built."""
-    for path, value in leaves(
-        OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    ):  # an interpolation hides none
-        if re.search(r"(^|\.)_target_$", path) and not str(value).startswith(ALLOWED_TARGETS):
+    for path, value in targets(cfg):
+        if not value.startswith(ALLOWED_TARGETS):
             files = "".join(file.read_text(encoding="utf-8") for file in CONFIGS.rglob("*.yaml"))
-            near = difflib.get_close_matches(str(value), set(re.findall(r"_target_: ([\w.]+)", files)), n=1)
+            near = difflib.get_close_matches(value, set(re.findall(r"_target_: ([\w.]+)", files)), n=1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{path}={value} is refused; it must begin with one of {', '.join(ALLOWED_TARGETS)}{meant}")
 

@@ -15,6 +15,8 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ldm.interop import importing, sources
+
 WORDS = ["a", "red", "circle", "blue", "square", "on", "the", "sky"]
 CROSS = {
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -123,3 +125,10 @@ def saved(kind: str, folder: Path, **schedule: Any) -> Path:
     """As `save_pretrained` leaves it."""
     pipeline(kind, folder, **schedule).save_pretrained(folder / kind, safe_serialization=True)
     return folder / kind
+
+
+def imported(kind: str, folder: Path) -> Path:
+    """The run that `ldm import` makes of such a pipeline."""
+    source = saved(kind, folder)
+    importing.write_run(sources.read(source), folder / "run", source)
+    return folder / "run"

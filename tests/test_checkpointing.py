@@ -331,3 +331,13 @@ def test_a_validation_within_an_accumulated_step_saves_nothing(tmp_path: Path):
     callback.on_train_batch_end(trainer, None)
     callback.on_validation_end(trainer, None)
     assert names(tmp_path) == []
+
+
+def test_a_best_that_is_not_finite_is_never_kept(tmp_path: Path):
+    callback, trainer = Checkpoint(str(tmp_path), every=100, best="val/loss"), FakeTrainer(folder=tmp_path)
+    callback.on_train_start(trainer, None)
+    for step, loss in enumerate([float("nan"), 0.5], 1):
+        trainer.global_step, trainer.callback_metrics = step, {"val/loss": torch.tensor(loss)}
+        callback.on_train_batch_end(trainer, None)
+        callback.on_validation_end(trainer, None)
+    assert best_of(tmp_path)["step"] == 2

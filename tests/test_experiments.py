@@ -19,7 +19,6 @@ from tiny import here
 
 from ldm import config
 from ldm.conditioning import Conditioning
-from ldm.interop import importing, sources
 from ldm.training import checkpointing
 
 pytestmark = [
@@ -165,10 +164,7 @@ def test_sd3_s_shift_for_larger_pictures_is_one_number_for_training_and_sampling
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `ldm import` makes of a small pipeline with random weights, saved by diffusers."""
-    folder = tmp_path_factory.mktemp("imported")
-    source = pipelines.saved("sd1", folder)
-    importing.write_run(sources.read(source), folder / "run", source)
-    return folder / "run"
+    return pipelines.imported("sd1", tmp_path_factory.mktemp("imported"))
 
 
 def finetune(run: Path, out: Path, shards: str, *changes: str) -> int:

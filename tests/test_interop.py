@@ -90,10 +90,7 @@ def test_import_export_import_keeps_every_bit(run: Run, tmp_path: Path, exported
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("imported")
-    source = pipelines.saved("sd1", folder)
-    importing.write_run(sources.read(source), folder / "run", source)
-    return folder / "run"
+    return pipelines.imported("sd1", tmp_path_factory.mktemp("imported"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The building blocks of pages: axes, charts, pictures, what agrees and what differs."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,13 @@ def test_rows_tell_scores_from_their_parts():
     assert by_name["caption_accuracy/all"].cells[0][:2] == ("0.50", "0.12")
     assert [by_name[name].arrow for name in ("kid/x", "psnr", "latent/mean/3")] == ["↓", "↑", ""]
     assert by_name["kid/x"].cells[1] == ("", "", False)
+
+
+def test_a_score_whose_interval_is_not_a_number_is_shown_without_it():
+    """One picture that is reconstructed exactly has an infinite PSNR."""
+    assert Score(math.inf, math.nan, "reconstruction").shown() == ("inf", "")
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out_of_the_history(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples_seen": 8, "train/loss": 0.5}\n{"step": 2, "samp')
+    assert history(tmp_path, "step") == {"train/loss": [(1, 0.5)]}

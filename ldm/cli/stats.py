@@ -30,7 +30,6 @@ def stats(
     from json import dumps
 
     from ldm import config
-    from ldm.config_errors import mistakes_in_one_line
     from ldm.errors import UserError
 
     for group, names in (("metrics", metrics or []), ("protocol", [protocol] if protocol else [])):
@@ -53,8 +52,7 @@ def stats(
     from ldm.evaluation.metrics import FeatureMetrics
     from ldm.evaluation.scoring import Reference, remember
 
-    with mistakes_in_one_line(show_traceback=False):  # such as weights that are not here
-        built = [metric for metric in config.build_each(cfg.metrics) if isinstance(metric, FeatureMetrics)]
+    built = [metric for metric in config.build_each(cfg.metrics) if isinstance(metric, FeatureMetrics)]
     for metric in built:
         metric.features.to("cuda" if torch.cuda.is_available() else "cpu")
     reference = Reference.read(config.build(cfg.data).val.batches(64), n)

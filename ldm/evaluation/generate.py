@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm.batch import to_uint8
 from ldm.errors import UserError
+from ldm.files import aside
 
 Sample = Callable[[list[str], Tensor], Tensor]  # captions, index (B,) -> images (B, 3, H, W) in [-1, 1]
 SHARD = 16  # pictures of a shard; a stop loses these or a batch
@@ -99,9 +100,8 @@ def stamp(folder: Path, weights: str) -> None:
             f"the pictures in {folder} are those of weights {before}, the run now has {weights}: delete {folder.parent}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".partial{os.getpid()}")
-    aside.write_text(json.dumps({"weights": weights}) + "\n")
-    aside.rename(path)
+    with aside(path) as partial:
+        partial.write_text(json.dumps({"weights": weights}) + "\n")
 
 
 def _made(
@@ -128,15 +128,14 @@ def _make(sample: Sample, captions: Sequence[str], rows: slice) -> Tensor:
 
 
 def _write(path: Path, images: Tensor, captions: Sequence[str], first: int) -> None:
-    """Aside and renamed: a shard that exists is whole."""
-    aside = path.with_suffix(".partial")
-    with tarfile.open(aside, "w") as tar, ThreadPoolExecutor() as pool:  # one core would take a tenth of a GPU's time
+    """A shard that exists is whole."""
+    # pool: one core would take a tenth of a GPU's time
+    with aside(path) as partial, tarfile.open(partial, "w") as tar, ThreadPoolExecutor() as pool:
         for i, (png, caption) in enumerate(zip(pool.map(_png, images), captions, strict=True), first):
             for ending, data in (("png", png), ("txt", caption.encode())):
                 header = tarfile.TarInfo(f"{i:09d}.{ending}")
                 header.size = len(data)
                 tar.addfile(header, io.BytesIO(data))
-    aside.rename(path)
 
 
 def _png(image: Tensor) -> bytes:

@@ -24,6 +24,7 @@ from ldm.evaluation.grid import picture_grid
 from ldm.evaluation.metrics import FeatureMetrics
 from ldm.evaluation.protocol import digest, protocol_id, under
 from ldm.evaluation.results import Result, table
+from ldm.files import aside
 
 _ROWS = 256  # pictures of the reference that a network is given at once
 RESIZE = "uint8, short side, antialiased bicubic, center crop"  # data.transforms.DecodeImage's
@@ -220,9 +221,8 @@ def _keep(known: Sequence[tuple[FeatureMetrics, Path | None]]) -> None:
     for metric, path in known:
         if path is not None and metric.known is not None and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".partial")
-            save_file({"features": metric.known.contiguous()}, aside)
-            aside.rename(path)
+            with aside(path) as partial:
+                save_file({"features": metric.known.contiguous()}, partial)
 
 
 def _written(result: Result, samples: dict[str, list[float]], step: int) -> Result:

@@ -20,6 +20,7 @@ from ldm.diffusion.sampling import Sampling
 from ldm.errors import UserError
 from ldm.evaluation.grid import picture_grid
 from ldm.evaluation.latent_plot import latent_plot
+from ldm.training.checkpointing import Checkpoint
 from ldm.training.watchdog import Watchdog
 
 
@@ -186,8 +187,8 @@ class RawValidation(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in trainer.callbacks:
-            if getattr(callback, "stopped", False):
-                return  # Checkpoint ends the run next
+            if isinstance(callback, Checkpoint) and callback.stopped:
+                return  # it ends the run next
             if isinstance(callback, Watchdog):
                 callback.on_validation_start(trainer, pl_module)  # this comes before its turn
         sums = torch.zeros(LEVELS + 1, dtype=torch.float64, device=pl_module.device)  # a rank may have no batch

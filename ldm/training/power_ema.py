@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.files import aside
 from ldm.training.ema import Average, cut, whole
 
 WIDEST = 0.28  # sigma_rel of gamma = 0, the plain mean, is 0.2887
@@ -113,11 +114,10 @@ class PowerEMA(Average):
 def write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
     """A safetensors file, whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    save_file(tensors, aside, {"format": "pt"} | about)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.rename(path)
+    with aside(path) as partial:
+        save_file(tensors, partial, {"format": "pt"} | about)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def product(t_a: Any, gamma_a: Any, t_b: Any, gamma_b: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.errors import UserError
+from ldm.files import aside
 from ldm.training.session import complain
 
 STALLED = 70  # EX_SOFTWARE, the exit code
@@ -76,9 +77,8 @@ class Watchdog(Callback):
         self.mark = Mark(self.mark.count + 1, trainer.global_step, phase, time.monotonic())
 
     def _write(self) -> None:
-        aside = self.folder / f"{self.rank}.partial"
-        aside.write_text(json.dumps(self.mark._asdict()))
-        aside.replace(self.folder / f"{self.rank}.json")
+        with aside(self.folder / f"{self.rank}.json") as partial:
+            partial.write_text(json.dumps(self.mark._asdict()))
 
     def _watch(self) -> None:
         while not self.done.wait(self.timeout / 10):
