@@ -44,5 +44,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with interrupt.listening():
-        main()
+    interrupt.listen()
+    main()

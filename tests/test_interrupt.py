@@ -31,16 +31,23 @@ def harmless() -> Iterator[None]:
         signal.signal(each, handler)
 
 
-def test_the_first_signal_is_noted_and_the_handlers_are_put_back(harmless: None):
-    own = signal.getsignal(signal.SIGTERM)
-    with interrupt.listening():
-        assert interrupt.asked() == ""
-        os.kill(os.getpid(), signal.SIGUSR2)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked() == "SIGUSR2"
-    assert signal.getsignal(signal.SIGTERM) is own
-    with interrupt.listening():
-        assert interrupt.asked() == ""
+def test_the_first_signal_is_noted(harmless: None):
+    interrupt.listen()
+    assert interrupt.asked() == ""
+    os.kill(os.getpid(), signal.SIGUSR2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupt.asked() == "SIGUSR2"
+    interrupt.listen()
+    assert interrupt.asked() == ""
+
+
+def test_a_signal_that_comes_while_a_rank_leaves_does_not_change_its_exit_code():
+    """SLURM signals one rank after another; the first to hear of it stops them all."""
+    code = "import atexit, os, signal\nfrom ldm.training import interrupt\n"
+    code += (
+        "interrupt.listen()\natexit.register(os.kill, os.getpid(), signal.SIGUSR1)\nraise SystemExit(interrupt.REQUEUE)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 75
 
 
 def test_importing_it_does_not_import_torch():

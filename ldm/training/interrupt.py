@@ -4,8 +4,6 @@ torch is not imported here: the handlers are up before the seconds that importin
 """
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,16 +14,11 @@ REQUEUE = 75  # EX_TEMPFAIL, the exit code of a run that was asked to stop: the 
 _received: list[signal.Signals] = []
 
 
-@contextmanager
-def listening() -> Iterator[None]:
-    """USR1, USR2 and TERM are noted inside the block."""
+def listen() -> None:
+    """USR1, USR2 and TERM are noted from now to the process's end: a rank that is leaving is not killed by one that is late."""
     _received.clear()
-    before = {each: signal.signal(each, lambda n, _: _received.append(signal.Signals(n))) for each in SIGNALS}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    for each in SIGNALS:
+        signal.signal(each, lambda n, _: _received.append(signal.Signals(n)))
 
 
 def asked() -> str:
