@@ -40,5 +40,12 @@ class Conditioning(NamedTuple):
         return Conditioning(*parts)
 
     def concat_to(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C + S, H, W): the backbone's input."""
-        return x if self.spatial is None else torch.cat([x, self.spatial.to(x.dtype)], dim=1)
+        """(B, C, H, W) -> (B, C + S, H, W): the backbone's input. x may have fewer rows, see `repeated`."""
+        if self.spatial is None:
+            return x
+        return torch.cat([repeated(x, len(self.spatial)), self.spatial.to(x.dtype)], dim=1)
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """(B, ...) -> (rows, ...): all of x, again and again; B divides rows. Guidance asks for one x under several conditions."""
+    return x if len(x) == rows else torch.cat([x] * (rows // len(x)))

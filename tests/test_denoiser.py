@@ -52,6 +52,15 @@ def test_spatial_conditioning_is_stacked_and_not_scaled():
     assert x0_hat.shape == (2, 4, 2, 2)
 
 
+@pytest.mark.parametrize("spatial", [None, torch.arange(24.0).view(6, 1, 2, 2)], ids=["text", "spatial"])
+def test_several_conditions_of_one_x_are_rows_of_one_call(spatial: Tensor | None):
+    x, sigma, spy = torch.randn(3, 4, 2, 2), torch.tensor([0.1, 1.0, 14.0]), Spy()
+    cond = conditioning(6, spatial)
+    x0_hat = Denoiser(spy, V())(x, sigma, cond)
+    assert torch.equal(x0_hat, Denoiser(Spy(), V())(torch.cat([x, x]), torch.cat([sigma, sigma]), cond))
+    assert len(spy.seen[0]) == len(spy.seen[1]) == 6
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_coat_is_float32_around_a_bfloat16_backbone(autocast: bool):
     # 0.5 is exact in bfloat16, so any difference is the coat's: x ~ 1000 in bfloat16 would be off by up to 4

@@ -275,3 +275,26 @@ def test_without_a_context_the_transformers_attend_to_the_grid_alone():
         out, network(normal(2, 2, 8, 8), torch.zeros(2), conditioning(2, 8)._replace(vector=cond.vector))
     )
     assert not torch.equal(out, network(normal(2, 2, 8, 8), torch.zeros(2), cond._replace(vector=-cond.vector)))
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "no text"])
+def test_conditions_of_one_x_share_what_comes_before_them(name: str):
+    """One network call for guidance: k rows of cond for each of x."""
+    sizes = VARIANTS[name][0] if name in VARIANTS else {**VARIANTS["SD1"][0]}
+    width = 16 if name in VARIANTS else 0
+    network = randomized(UNet(4, 4, 32, blocks=1, context_channels=width, groups=8, **sizes))
+    cond = conditioning(6, width, network.vector_width)
+    if "vector_levels" in sizes:
+        cond = cond._replace(vector=torch.arange(6)[:, None])
+    x, c_noise = normal(2, 4, 8, 8), torch.tensor([3.0, 800.0])
+    rows: list[int] = []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    with torch.no_grad():
+        shared = network(x, c_noise, network.prepared(cond))
+        seen, rows[:] = rows[:], []
+        whole = network(x.repeat(3, 1, 1, 1), c_noise.repeat(3), network.prepared(cond))
+    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-5)
+    assert sum(seen) < sum(rows)
+    assert (seen.count(2) > 2) == (network.vector_width == 0)  # a vector is in every row's embedding from the start

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioning import repeated
+
 
 def zero(module: nn.Module) -> nn.Module:
     """The same module with weights and bias at zero: a residual branch that starts as the identity."""
@@ -168,10 +170,14 @@ class TransformerBlock(nn.Module):
                 given: Tensor | None = None) -> Tensor:  # fmt: skip
         """x: (B, N, width). With a context, `mask` (B, L) is the context's; without, it is x's own (B, N).
 
+        A context of k B rows is k contexts of all of x, which meets them at its first cross-attention: (k B, N, width).
         given: the cross-attention's keys and values, where they are known (Attention.project).
         """
         own = (None, None if self.cross else mask) if self.self_attention else (context, mask)
+        rows = len(x) if context is None else len(context)
+        x = x if self.self_attention else repeated(x, rows)
         x = x + self.attn1(self.norm1(x), *own)
         if self.cross:
+            x = repeated(x, rows)
             x = x + self.attn2(self.norm2(x), context, mask, given=given)
         return x + self.ff(self.norm3(x))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.conditioning import Conditioning
+from ldm.conditioning import Conditioning, repeated
 from ldm.errors import UserError
 from ldm.models.layers import Downsample, TransformerBlock, Upsample, per_token, sinusoidal, zero
 
@@ -70,7 +70,7 @@ class SpatialTransformer(nn.Module):
             given = None if cond.keys_values is None or not self.cross else cond.keys_values[:, :, block.columns]
             h = block(h, *context, given)
         h = per_token(self.proj_out, h)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return repeated(x, len(h)) + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Stage(nn.ModuleList):
@@ -80,7 +80,7 @@ class Stage(nn.ModuleList):
         for layer in self:
             inputs: list[Any] = [x]
             if isinstance(layer, ResBlock):
-                inputs.append(embedding)
+                inputs.append(embedding[: len(x)])  # x may not have met cond yet
             elif isinstance(layer, SpatialTransformer):
                 inputs.append(cond)
             # nothing in here draws random numbers, whose state would have to be kept
@@ -101,6 +101,8 @@ class Levels(nn.Embedding):
 
 class UNet(nn.Module):
     """A backbone: (x_in, c_noise, cond) -> F.
+
+    Under guidance, k conditions of one x, what comes before the first cross-attention is computed once.
 
     Args:
         in_channels: latent channels plus those of cond.spatial.
@@ -128,6 +130,8 @@ class UNet(nn.Module):
     Raises:
         UserError: when the arguments do not fit each other, or an input does not fit the network.
     """
+
+    shares_rows = True  # see Denoiser
 
     def __init__(
         self,
@@ -228,9 +232,10 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Conditioning) -> Tensor:
         self._check(x, cond)
-        embedding = self.time_embed(sinusoidal(c_noise * self.noise_scale, self.channels).to(x.dtype))
+        rows = len(cond.tokens)
+        embedding = repeated(self.time_embed(sinusoidal(c_noise * self.noise_scale, self.channels).to(x.dtype)), rows)
         if self.vector_width:
-            embedding = embedding + self.label_emb(cond.vector)
+            x, embedding = repeated(x, rows), embedding + self.label_emb(cond.vector)
         if self.coordinates:
             x = torch.cat([x, _coordinates(x)], dim=1)
         recompute = self.checkpointing and torch.is_grad_enabled()
@@ -240,8 +245,8 @@ class UNet(nn.Module):
             skips.append(x)
         x = self.middle_block(x, embedding, cond, recompute)
         for stage in self.output_blocks:
-            x = stage(torch.cat([x, skips.pop()], dim=1), embedding, cond, recompute)
-        return self.out(x)
+            x = stage(torch.cat([x, repeated(skips.pop(), len(x))], dim=1), embedding, cond, recompute)
+        return repeated(self.out(x), rows)
 
     def _check(self, x: Tensor, cond: Conditioning) -> None:
         _, channels, height, width = x.shape
