@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Trainer
 from test_end_to_end import assert_same
 from tiny import batch, latent_diffusion
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader
 from ldm.batch import Batch
 from ldm.errors import UserError
 from ldm.keyed_random import KeyedRandom
+from ldm.training.base import TrainingModule
 from ldm.training.ema import EMA
 from ldm.training.faults import Faults
 
 
-class Line(LightningModule):
+class Line(TrainingModule):
     """Two weights; micro-batch i of `losses` multiplies the loss, of `slopes` the gradient alone. A faulty loss without a
     faulty gradient: `added`.
     """
@@ -28,9 +29,9 @@ class Line(LightningModule):
     added: ClassVar[dict[int, float]] = {}
 
     def __init__(self, optimizer: Any, losses: dict[int, float], slopes: dict[int, float]) -> None:
-        super().__init__()
+        super().__init__(optimizer, lambda step: 1 / (1 + step), seed=0)
         self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(1))
-        self.optimizer_factory, self.losses, self.slopes = optimizer, losses, slopes
+        self.losses, self.slopes = losses, slopes
         self.seen: list[Tensor] = []
 
     def training_step(self, batch: Batch, i: int) -> Tensor:
@@ -41,11 +42,6 @@ class Line(LightningModule):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.seen.append(torch.cat([self.weight, self.bias]).detach().clone())
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.optimizer_factory(self.parameters())
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def samples(i: int) -> Batch:
@@ -64,8 +60,7 @@ def fit(faults: Faults, steps: int, accumulate: int = 1, losses: dict[int, float
     module, ema = Line(optimizer, losses or {}, slopes or {}), EMA(0.9)
     trainer = Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=accumulate,
-                      gradient_clip_val=None, callbacks=[faults, ema])  # fmt: skip
-    module.configure_gradient_clipping = lambda *_, **__: clip and nn.utils.clip_grad_norm_(module.parameters(), clip)
+                      gradient_clip_val=clip, callbacks=[faults, ema])  # fmt: skip
     trainer.fit(module, DataLoader([samples(i) for i in range(steps * accumulate)], batch_size=None))
     return module, ema, trainer
 

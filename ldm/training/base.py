@@ -9,7 +9,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.training.strategies import clip_norm, shard
+from ldm.training.strategies import clip_norm, gradient_norm, shard
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]  # parameters -> optimizer
 
@@ -48,6 +48,7 @@ class TrainingModule(LightningModule):
         super().__init__()
         self.optimizer_factory, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
         self._frozen_digest = ""
+        self._norms: list[Tensor] | None = None
 
     def _digest(self, frozen: dict[str, Tensor]) -> str:
         """Taken once: a text encoder can be 19 GB."""
@@ -81,9 +82,18 @@ class TrainingModule(LightningModule):
             raise UserError(
                 "trainer.precision=16-mixed cannot clip gradients: use bf16-mixed, or gradient_clip_val=null"
             )
+        norms, self._norms = self.gradient_norms(), None
         if gradient_clip_val:
-            for part in self.clipped_apart():
-                clip_norm(part, gradient_clip_val)
+            for part, norm in zip(self.clipped_apart(), norms, strict=True):
+                clip_norm(part, norm, gradient_clip_val)
+
+    def gradient_norms(self) -> list[Tensor]:
+        """Of each part in `clipped_apart`, (): measured once a step, by the search for faults, and used by clipping."""
+        self._norms = self._norms or [gradient_norm(part) for part in self.clipped_apart()]
+        return self._norms
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("train/gradient_norm", self.gradient_norms()[0])
 
     def clipped_apart(self) -> list[list[nn.Parameter]]:
         """The trained parameters, in the parts whose gradients are clipped each by its own norm."""

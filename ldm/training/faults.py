@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from ldm.batch import Batch
 from ldm.diffusion.loss import DenoisingLoss
 from ldm.errors import UserError
 from ldm.files import cut_after
 from ldm.keyed_random import KeyedRandom
+from ldm.training.base import TrainingModule
 from ldm.training.ema import Average
 from ldm.training.session import say
 from ldm.training.strategies import local
@@ -24,7 +25,8 @@ class Faults(Callback):
     rank; the step counts, for the data were used. Each rank writes what its part was made of to
     run_dir/nonfinite/rank<r>.jsonl, and `train/nonfinite` is how many there were.
 
-    The cost of a step: one norm, one all-reduce of one number, and one wait for the device, which reads it. Stands before
+    The cost of a step: the norm, which clipping uses again, one all-reduce of one number, and one wait for the device, which
+    reads it. Stands before
     the averages. With the first step it names the trained parameters that get no gradient.
 
     Args:
@@ -59,21 +61,20 @@ class Faults(Callback):
         self.losses.append(loss.detach().float())
 
     def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, pl_module: TrainingModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if not self.searched:
             _name_unused(pl_module)
             self.searched = True
-        gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        fault = (~torch.stack([*self.losses, norm]).isfinite().all()).int()
+        norms = pl_module.gradient_norms()
+        fault = (~torch.stack([*self.losses, *norms]).isfinite().all()).int()
         if trainer.world_size > 1:
             distributed.all_reduce(fault, distributed.ReduceOp.MAX)
         self.skipped = bool(fault)
         self.in_a_row = self.in_a_row + 1 if self.skipped else 0
         if self.skipped:
             self.total += 1
-            self._write(trainer.global_step + 1, pl_module, norm)
+            self._write(trainer.global_step + 1, pl_module, torch.stack(norms).norm())
             optimizer.zero_grad()  # no gradient at all: every optimizer passes over such parameters
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

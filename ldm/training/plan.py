@@ -25,7 +25,7 @@ from ldm.models.text import CachedText
 from ldm.training.base import TrainingModule
 from ldm.training.costs import PEAKS, Allocated, flop_counter, normalize_in_float32, peak_resident
 from ldm.training.ema import trainable
-from ldm.training.strategies import clip_norm
+from ldm.training.strategies import clip_norm, gradient_norm
 
 _CLIP = {"vocab_size": 49408, "max_position_embeddings": 77}
 SIZES: dict[str, dict[str, Any]] = {  # of the text encoders that ldm.fetch knows, as their own configurations have them
@@ -186,7 +186,7 @@ class Job:
     def update(self) -> None:
         if self.setup.clip:
             for part in self.module.clipped_apart():
-                clip_norm(part, self.setup.clip)
+                clip_norm(part, gradient_norm(part), self.setup.clip)
         self.optimizer.step()
         for average in self.averages:
             torch._foreach_lerp_(average, [p.float() for p in self.storage], 0.1)

@@ -50,18 +50,22 @@ def joined(mine: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(mine, mesh, placements, shape=like.shape, stride=like.stride()).full_tensor().cpu()
 
 
-def clip_norm(parameters: list[nn.Parameter], limit: float) -> None:
-    """torch's clip_grad_norm_; of sharded gradients with one all-reduce, where torch has one for each."""
-    sharded = [p.grad for p in parameters if p.grad is not None]
-    gradients = [local(gradient) for gradient in sharded]
-    if not gradients:
-        return
-    norm = nn.utils.get_total_norm(gradients)
-    if isinstance(sharded[0], DTensor):
-        mesh, square = sharded[0].device_mesh, norm.square()
-        distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # the ranks that share a copy
-        norm = square.sqrt()
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Of all their gradients as one vector, (); of sharded ones with one all-reduce, where torch has one for each."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([local(gradient) for gradient in gradients]).to(parameters[0].device)
+    if not gradients or not isinstance(gradients[0], DTensor):
+        return norm
+    mesh, square = gradients[0].device_mesh, norm.square()
+    distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # the ranks that share a copy
+    return square.sqrt()
+
+
+def clip_norm(parameters: list[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """torch's clip_grad_norm_, where the norm is known."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
