@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -81,12 +82,21 @@ class Scene:
 def coverage(shape: str, x: float, y: float, radius: float, side: int, samples: int = 4) -> np.ndarray:
     """(side, side) float32 in [0, 1]: how much of each pixel the shape covers, by samples^2 points a pixel."""
     points = (np.arange(side * samples, dtype=np.float32) + 0.5) / (side * samples)
-    u, v = (
-        (points[None, :] - np.float32(x)) / np.float32(radius),
-        (points[:, None] - np.float32(y)) / np.float32(radius),
+    columns, rows = (
+        slice(*np.clip([math.floor((at - _REACH * radius) * side), math.ceil((at + _REACH * radius) * side)], 0, side))
+        for at in (x, y)
     )
-    inside = _INSIDE[shape](u, v)
-    return inside.reshape(side, samples, side, samples).mean(axis=(1, 3), dtype=np.float32)
+    u, v = (
+        (points.reshape(side, samples)[pixels].ravel() - np.float32(at)) / np.float32(radius)
+        for pixels, at in ((columns, x), (rows, y))
+    )
+    inside = _INSIDE[shape](u[None, :], v[:, None]).reshape(len(v) // samples, samples, len(u) // samples, samples)
+    covered = np.zeros((side, side), np.float32)
+    covered[rows, columns] = inside.mean(axis=(1, 3), dtype=np.float32)
+    return covered
+
+
+_REACH = 1.2  # no shape covers a point further from its center, in radii along either axis
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
