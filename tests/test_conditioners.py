@@ -167,6 +167,9 @@ def test_size_and_crop_are_sdxl_s_sinusoids():
 
 def test_class_labels():
     classes = ClassLabel(5, 8)
+    with pytest.raises(UserError, match="a sample to train on has neither label nor caption: give data/field=label"):
+        classes(Batch(caption=["4", ""]))
+    classes.eval()
     cond = classes(Batch(label=torch.tensor([4, 0, 4])))
     assert torch.equal(cond.vector, classes.table.weight[[4, 0, 4]])
     assert cond.tokens.shape == (3, 0, 0)

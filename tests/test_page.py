@@ -108,7 +108,7 @@ def test_rows_tell_scores_from_their_parts():
 
 
 def test_a_score_whose_interval_is_not_a_number_is_shown_without_it():
-    """One picture that is reconstructed exactly has an infinite PSNR."""
+    """Such as the results of other tools may have."""
     assert Score(math.inf, math.nan, "reconstruction").shown() == ("inf", "")
 
 

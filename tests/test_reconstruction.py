@@ -32,6 +32,14 @@ def test_psnr_and_ssim_equal_torchmetrics_picture_by_picture_in_any_split():
         assert values[name] == pytest.approx(float(torch.stack(each).mean()), abs=1e-5)
 
 
+def test_a_picture_without_an_error_leaves_the_mean_finite():
+    images, reference = pair(2)
+    metric = ReconstructionQuality()
+    metric.update(torch.cat([images[:1], reference[1:]]), [""] * 2, reference)
+    assert metric.compute()["psnr"] < 100
+    assert metric.samples["psnr"][1] == 100
+
+
 def test_a_perceptual_distance_is_averaged_over_pictures():
     images, reference = pair(4)
 

@@ -37,7 +37,10 @@ class PictureMean(Metric):
 
 
 class ReconstructionQuality(PictureMean):
-    """`psnr` in dB and `ssim`, each the mean over pictures, of 8-bit pixels."""
+    """`psnr` in dB and `ssim`, each the mean over pictures, of 8-bit pixels.
+
+    A picture's psnr is at most 100: of one without any error it is infinite, and so would the mean be.
+    """
 
     def __init__(self) -> None:
         super().__init__(("psnr", "ssim"))
@@ -46,7 +49,7 @@ class ReconstructionQuality(PictureMean):
         a, b = images.float(), reference.to(images.device).float()
         psnr = peak_signal_noise_ratio(a, b, data_range=255.0, dim=(1, 2, 3), reduction="none")
         ssim: Any = structural_similarity_index_measure(a, b, data_range=255.0, reduction="none")
-        return [psnr, ssim]
+        return [psnr.clamp(max=100.0), ssim]
 
 
 class PerceptualQuality(PictureMean):

@@ -144,6 +144,9 @@ class ClassLabel(Conditioner):
     Args:
         classes: how many; batch["label"] is in 0 .. classes - 1.
         width: V.
+
+    Raises:
+        UserError: a caption that is no class; in training, a sample that has neither label nor caption.
     """
 
     def __init__(self, classes: int, width: int) -> None:
@@ -155,6 +158,10 @@ class ClassLabel(Conditioner):
     def forward(self, batch: Batch, latents: Latents | None = None) -> Conditioning:
         if "label" in batch:
             return _only(self.table(batch["label"]))
+        if self.training and "" in batch["caption"]:
+            raise UserError(
+                "a sample to train on has neither label nor caption: give data/field=label, for .cls members"
+            )
         rows = torch.tensor([self._row(caption) for caption in batch["caption"]], device=self.table.weight.device)
         return _only(torch.cat([self.table.weight, self.to_null.vector])[rows])
 
