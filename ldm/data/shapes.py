@@ -79,6 +79,9 @@ class Scene:
     relation: str | None
 
 
+_REACH = 1.2  # no shape covers a point further from its center, in radii along either axis
+
+
 def coverage(shape: str, x: float, y: float, radius: float, side: int, samples: int = 4) -> np.ndarray:
     """(side, side) float32 in [0, 1]: how much of each pixel the shape covers, by samples^2 points a pixel."""
     points = (np.arange(side * samples, dtype=np.float32) + 0.5) / (side * samples)
@@ -94,9 +97,6 @@ def coverage(shape: str, x: float, y: float, radius: float, side: int, samples: 
     covered = np.zeros((side, side), np.float32)
     covered[rows, columns] = inside.mean(axis=(1, 3), dtype=np.float32)
     return covered
-
-
-_REACH = 1.2  # no shape covers a point further from its center, in radii along either axis
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:

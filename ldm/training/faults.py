@@ -26,8 +26,7 @@ class Faults(Callback):
     run_dir/nonfinite/rank<r>.jsonl, and `train/nonfinite` is how many there were.
 
     The cost of a step: the norm, which clipping uses again, one all-reduce of one number, and one wait for the device, which
-    reads it. Stands before
-    the averages. With the first step it names the trained parameters that get no gradient.
+    reads it. Stands before the averages. With the first step it names the trained parameters that get no gradient.
 
     Args:
         run_dir: the run's directory.
