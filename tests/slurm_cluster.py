@@ -66,7 +66,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "WANDB_"))}
         self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}
         folder.chmod(0o755)  # munged looks
         (folder / "munge.key").write_bytes(os.urandom(128))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,24 @@ def test_an_offline_run_s_own_file_has_config_history_and_pictures(tmp_path: Pat
     assert any("samples_seen" in json.dumps(row) and "80" in json.dumps(row) for row in history)
     picture = next(tmp_path.glob("wandb/offline-run-*/files/media/images/val/samples_*.png"))
     assert Image.open(picture).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_service_of_another_process_is_not_joined(tmp_path: Path):
+    """A job inherits the environment of who submitted it; that service holds the run's id after the job's first life."""
+    code = "import os, sys\nfrom ldm.training.loggers import wandb_logger\n"
+    code += "run = wandb_logger(sys.argv[1], 8, project='ldm').experiment\n"
+    code += "print(os.environ['WANDB_SERVICE'], flush=True)\n"
+    code += "if sys.stdin.read(): run.finish()\nos._exit(0)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    start = partial(subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first = start(env=os.environ | {"WANDB_MODE": "offline"})
+    service = first.stdout.readline().strip()
+    second = start(env=os.environ | {"WANDB_MODE": "offline", "WANDB_SERVICE": service})
+    assert second.stdout.readline().strip() not in ("", service)
+    for process in (second, first):
+        process.communicate("end", timeout=60)
+        assert process.returncode == 0
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 
 
 @pytest.fixture

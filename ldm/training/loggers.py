@@ -79,8 +79,9 @@ class Wandb(WandbLogger):
 
             try:
                 _ = super().experiment
-            except wandb.errors.Error as error:
-                say(f"W&B does not answer ({type(error).__name__}), so the run is logged offline")
+            except Exception as error:  # W&B's have no class in common
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                say(f"W&B does not answer ({why}), so the run is logged offline")
                 wandb.teardown()  # it still holds the run's id
                 self._wandb_init["mode"] = "offline"
                 _ = super().experiment
@@ -121,6 +122,9 @@ def wandb_logger(run_dir: str, batch_size: int, timeout: float = 30.0, **options
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")  # the banner says where the run is
+    os.environ.pop(
+        "WANDB_SERVICE", None
+    )  # that of whoever started this process may still hold the id of this run's last life
     folder = Path(run_dir)
     id_file = folder / "wandb_id"
     if rank_zero_only.rank == 0 and not id_file.exists():
