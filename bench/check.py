@@ -78,13 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--margin", type=float, default=0.05)
     args = measuring.parsed(parser)
-    checks = (
-        evaluation,
-        training,
-        sampling,
-        reading,
-        starting,
-    )  # small passes suffer from the heap that big networks leave
+    # evaluation first: small passes suffer from the heap that big networks leave
+    checks = (evaluation, training, sampling, reading, starting)
     values = [value for check in checks for value in check("toy" if args.toy else "81M")]
     late = [name for name, value, bar in values if value > bar * (1 + args.margin)]
     print(measuring.environment("diffusers", threads=torch.get_num_threads()))

@@ -1,6 +1,6 @@
 """Our training step beside diffusers' text-to-image recipe: one U-Net, one batch, cached latents and text; part by part.
 
-    OMP_NUM_THREADS=2 python bench/train_step.py [--compile] [--v2]
+    OMP_NUM_THREADS=2 python bench/train_step.py [--compile] [--v2] [--batch 4]
 
 Theirs is what its example script does with --use_ema: DDPMScheduler, AdamW, clip_grad_norm_, EMAModel, all as they come.
 Ours is LatentDiffusionModule.training_step with the default callbacks' work in it: the search for gradients that are not

@@ -1,4 +1,6 @@
+import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 
 from ldm.errors import UserError
 from ldm.training.base import TrainingModule, digest, frozen_state
+from ldm.training.loggers import JsonlLogger
 from ldm.training.optim import Warmup
 
 
@@ -108,6 +111,7 @@ class Line(TrainingModule):
         return (self.weight * batch).sum()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
         self.seen.append(self.weight.grad.norm())
 
 
@@ -124,6 +128,18 @@ def test_a_fused_optimizer_is_clipped_under_bf16():
     """Which Lightning's own clipping refuses."""
     module = fit("bf16-mixed")
     assert module.seen == [5.0]
+    torch.testing.assert_close(module.weight.grad.norm(), torch.tensor(0.5))
+
+
+def test_the_norm_is_logged_and_is_that_of_each_step(tmp_path: Path):
+    module = Line()
+    trainer = pl.Trainer(accelerator="cpu", gradient_clip_val=0.5, max_steps=2, logger=JsonlLogger(tmp_path, 1),
+                         log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False,
+                         enable_model_summary=False)  # fmt: skip
+    batches = [torch.tensor([3.0, 4.0]), torch.tensor([30.0, 40.0])]
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/gradient_norm"] for row in rows] == [5.0, 50.0]
     torch.testing.assert_close(module.weight.grad.norm(), torch.tensor(0.5))
 
 

@@ -37,9 +37,8 @@ def headline(names: Sequence[str]) -> tuple[str | None, str | None]:
 def tradeoff(results: Sequence[Result]) -> Tradeoff | None:
     """The distance against alignment, or against what was swept; None without a sweep."""
     swept = [result for result in results if result.swept]
-    swept = [
-        result for result in swept if result.swept.keys() == swept[-1].swept.keys()
-    ]  # earlier sweeps had other axes
+    # earlier sweeps may have had other axes
+    swept = [result for result in swept if result.swept.keys() == swept[-1].swept.keys()]
     distance, alignment = headline(list(swept[0].metrics) if len(swept) > 1 else [])
     # a score may be of some pictures alone, and earlier results may be of other metrics
     swept = [result for result in swept if {distance, alignment or distance} <= result.metrics.keys()]
