@@ -5,6 +5,8 @@ python tests/sharded_training.py SHARDS VAL OUT CASE ...
 
 import json
 import os
+import shutil
+import signal
 import socket
 import sys
 from functools import partial
@@ -32,6 +34,7 @@ from ldm.training.strategies import FullySharded, ddp
 from ldm.training.throughput import Throughput
 
 STEPS, HALF, BATCH, SIDE = 20, 14, 8, 8
+ABORTED = "a rank was aborted, the case runs again:"
 
 
 class Case(NamedTuple):
@@ -147,8 +150,8 @@ def train(case: Case, shards: str, val: str, out: Path, name: str) -> None:
     trainer.fit(module(case.gan), datamodule=data, ckpt_path=resume, weights_only=True)
 
 
-def fork(case: Case, *arguments: Any) -> None:
-    """One process a rank, as torchrun would start them."""
+def fork(case: Case, shards: str, val: str, out: Path, name: str) -> list[int]:
+    """One process a rank, as torchrun would start them. Returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -158,23 +161,30 @@ def fork(case: Case, *arguments: Any) -> None:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
             code = 1
             try:
-                train(case, *arguments)
+                train(case, shards, val, out, name)
                 code = 0
             except Exception:
                 sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(code)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert not any(codes), f"{arguments[-1]}: {codes}"
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def main() -> None:
     shards, val, out, *names = sys.argv[1:]
     torch.set_num_threads(1)
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
     for name in names:
-        Path(out, name).mkdir(parents=True)
-        fork((CASES | SLOW)[name], shards, val, Path(out), name)
+        for again in (False, True):
+            Path(out, name).mkdir(parents=True)
+            codes = fork((CASES | SLOW)[name], shards, val, Path(out), name)
+            if not any(codes):
+                break
+            # torch's runtime aborted a rank once in some hundreds of runs (nothing of ours can); once is told, twice is a failure
+            assert -signal.SIGABRT in codes and not again, f"{name}: {codes}"
+            print(f"{ABORTED} {name}: {codes}", file=sys.stderr)
+            shutil.rmtree(Path(out, name))
 
 
 if __name__ == "__main__":

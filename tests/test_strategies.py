@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import picture, write_tar
-from sharded_training import BATCH, CASES, HALF, SLOW, STEPS
+from sharded_training import ABORTED, BATCH, CASES, HALF, SLOW, STEPS
 from tiny import ROOT, captions, latent_diffusion
 from torch import nn
 
@@ -39,8 +40,15 @@ def run(folder: Path, cases: Iterable[str]) -> Path:
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
     )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:] + why(done.stderr)
+    if ABORTED in done.stderr:
+        warnings.warn(why(done.stderr), stacklevel=2)
     return folder / "out"
+
+
+def why(stderr: str) -> str:
+    """Which rank died of what, and where: a rank's own last words stand before what the others say of it."""
+    return "\n".join(re.findall(rf"(?m)^.*(?:{ABORTED}|SIG[A-Z]+\(|terminate called|what\(\)|Fatal|frame #\d+).*$", stderr)[:80])
 
 
 @pytest.fixture(scope="module")
