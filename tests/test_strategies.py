@@ -48,7 +48,9 @@ def run(folder: Path, cases: Iterable[str]) -> Path:
 
 def why(stderr: str) -> str:
     """Which rank died of what, and where: a rank's own last words stand before what the others say of it."""
-    return "\n".join(re.findall(rf"(?m)^.*(?:{ABORTED}|SIG[A-Z]+\(|terminate called|what\(\)|Fatal|frame #\d+).*$", stderr)[:80])
+    return "\n".join(
+        re.findall(rf"(?m)^.*(?:{ABORTED}|SIG[A-Z]+\(|terminate called|what\(\)|Fatal|frame #\d+).*$", stderr)[:80]
+    )
 
 
 @pytest.fixture(scope="module")
