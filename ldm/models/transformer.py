@@ -159,7 +159,8 @@ class PatchTransformer(nn.Module, ABC):
             )
         if height % self.patch or width % self.patch:
             raise UserError(
-                f"{self.name}: the input is {height}x{width}; both sides must be multiples of {self.patch} (patch)"
+                f"{self.name}: the input is {height}x{width}; both sides must be multiples of {self.patch} (patch): "
+                "change data.side"
             )
         for part, size in {"tokens": self.context_channels, "vector": self.vector_channels}.items():
             given = getattr(cond, part).shape[-1]

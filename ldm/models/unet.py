@@ -255,7 +255,9 @@ class UNet(nn.Module):
                 f"unet: the input has {channels} channels, the network takes {self.in_channels} (in_channels)"
             )
         if height % self.factor or width % self.factor:
-            raise UserError(f"unet: the input is {height}x{width}; both sides must be multiples of {self.factor}")
+            raise UserError(
+                f"unet: the input is {height}x{width}; both sides must be multiples of {self.factor}: change data.side"
+            )
         if self.vector_width and cond.vector.shape[1] != self.vector_width:
             raise UserError(
                 f"unet: cond.vector has {cond.vector.shape[1]} features, the network takes {self.vector_width} "
