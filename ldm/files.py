@@ -27,7 +27,8 @@ def cut_after(path: Path, step: int) -> None:
     it is about to be logged again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        with aside(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _step(line: str) -> float:

@@ -13,6 +13,12 @@ from PIL import Image
 
 
 @pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _tracebacks_as_they_were() -> Iterator[None]:
     """An entry point that ran in this process leaves Hydra's switch on, and later processes would show tracebacks."""
     before = os.environ.get("HYDRA_FULL_ERROR")

@@ -33,10 +33,10 @@ def stall(handler: "_Handler", body: bytes) -> None:
 
 
 def trickle(handler: "_Handler", body: bytes) -> None:
-    """All of it, in eight parts, 0.1 s apart."""
+    """All of it, in sixteen parts, 0.1 s apart."""
     handler.start(200, len(body))
-    for part in range(8):
-        handler.wfile.write(body[len(body) * part // 8 : len(body) * (part + 1) // 8])
+    for part in range(16):
+        handler.wfile.write(body[len(body) * part // 16 : len(body) * (part + 1) // 16])
         handler.server.over.wait(0.1)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 import torch._dynamo  # optimizers do, in each child
 from pytorch_lightning.strategies import Strategy
-from tiny import autoencoder, latent_diffusion
+from tiny import autoencoder, free_port, latent_diffusion
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -152,10 +151,7 @@ def train(case: Case, shards: str, val: str, out: Path, name: str) -> None:
 
 def fork(case: Case, shards: str, val: str, out: Path, name: str) -> list[int]:
     """One process a rank, as torchrun would start them. Returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+    port, children = free_port(), []
     for rank in range(case.world):
         if (child := os.fork()) == 0:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")

@@ -43,7 +43,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_min_interval=100000,sched_interval=1,bf_interval=1,batch_sched_delay=0
 ReturnToService=2
 JobRequeue=1
-KillWait=5
+KillWait=30
 MinJobAge=3600
 MailProg=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=4 RealMemory=8000 State=UNKNOWN
@@ -72,7 +72,7 @@ class Cluster:
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
         (folder / "state").mkdir()
-        port = random.SystemRandom().randrange(20_000, 30_000, 10)
+        port = random.SystemRandom().randrange(25_000, 30_000, 10)  # jobs have those below
         host = subprocess.check_output(["hostname", "-s"], text=True).strip()
         (folder / "slurm.conf").write_text(
             CONF.format(folder=folder, host=host, user=getpass.getuser(), port=port, n1=port + 1, n2=port + 2)
@@ -80,11 +80,19 @@ class Cluster:
         self.run("munged", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.sock",
                  f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
                  f"--seed-file={folder}/munge.seed")  # fmt: skip
+        try:
+            self._begin()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _begin(self) -> None:
+        folder = self.folder
         self.run("slurmctld", "-f", str(folder / "slurm.conf"))
         for node in ("n1", "n2"):
             (folder / f"spool-{node}").mkdir()
             self.run("slurmd", "-N", node, "-f", str(folder / "slurm.conf"))
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() != ["n1", "n2"]:
             assert time.monotonic() < end, (folder / "slurmctld.log").read_text()[-3000:]
             time.sleep(0.1)
@@ -101,7 +109,7 @@ class Cluster:
         return shown.partition("JobState=")[2].split()[0]
 
     def stop(self) -> None:
-        self.run("scancel", "--user", getpass.getuser())
+        subprocess.run(["scancel", "--user", getpass.getuser()], env=self.environment, timeout=60, check=False)
         for name in ("slurmd-n1", "slurmd-n2", "slurmctld", "munged"):
             path = self.folder / f"{name}.pid"
             if path.exists():

@@ -1,6 +1,5 @@
 """Arrays: the cache's samples, in a sequence of their own that ranks, workers and interruptions do not change."""
 
-import multiprocessing
 import pickle
 import shutil
 from itertools import islice
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cached import CACHE, encode, write_source
-from tiny import SIDE
+from tiny import SIDE, workers_are_gone
 
 from ldm.batch import Batch
 from ldm.data.array_datamodule import ArrayDataModule
@@ -119,7 +118,7 @@ def test_any_ranks_and_workers_make_the_same_global_batches(folder: Path):
             assert [rows(list(parts)) for parts in zip(*ranks, strict=True)] == [
                 {i: batch[i] for rank in range(world) for i in sorted(batch) if i % world == rank} for batch in whole
             ]
-    assert not multiprocessing.active_children()
+    assert workers_are_gone()
 
 
 def test_a_resume_goes_on_with_the_next_sample_on_other_ranks_and_another_batch(folder: Path):

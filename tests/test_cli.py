@@ -5,14 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import matplotlib
 import pytest
 import yaml
 from cached import text_encoder, write_source
 from conftest import picture, write_shards
-from tiny import ROOT, SIDE, first_stage, process
+from tiny import ROOT, SIDE, first_stage, process, processor_seconds
 
 from ldm import cli, config
 from ldm.cli import doctor
@@ -36,13 +36,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 def test_help_answers_at_once():
     code = "import sys, ldm.cli; sys.exit(any(name in sys.modules for name in ('torch', 'pyarrow', 'hydra', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-    times = []
+    helping, importing = [], []
     for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "ldm.cli", "--help"], cwd=ROOT, capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    assert b"shards" in done.stdout
-    assert min(times) < 2  # 0.35 s on an idle core
+        seconds, done = processor_seconds([sys.executable, "-m", "ldm.cli", "--help"])
+        helping.append(seconds)
+        importing.append(processor_seconds([sys.executable, "-c", "import typer, rich.table, rich.markdown"])[0])
+    assert "shards" in done.stdout
+    assert min(helping) < 3 * min(importing)  # 0.35 s on an idle core
 
 
 def test_make_check_index_stats(run, tmp_path: Path):
@@ -239,7 +239,8 @@ def test_evaluate_is_evaluate_py(run, scored: Path, monkeypatch: pytest.MonkeyPa
 def test_missing_weights_are_exit_code_4(tmp_path: Path):
     home = str(tmp_path)
     done = process("train.py", "experiment=demo", "model/conditioner=clip_l", "model/first_stage=pixels", "logger=none",
-                   "name=never_made", XDG_CACHE_HOME=home, HF_HOME=home, HOME=home)  # fmt: skip
+                   "name=never_made", XDG_CACHE_HOME=home, HF_HOME=home, HOME=home,
+                   MPLCONFIGDIR=matplotlib.get_cachedir())  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (4, 1)
     assert "ldm fetch clip_l" in done.stderr
 

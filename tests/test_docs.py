@@ -121,8 +121,12 @@ class Workplace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("ldm", "configs", "train.py", "evaluate.py", "slurm", "bench"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, folder / name)
+            if (ROOT / name).is_dir():
+                shutil.copytree(
+                    ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+                )  # others write there
+            else:
+                shutil.copy(ROOT / name, folder / name)
         environment = os.environ | {"PYTHONPATH": str(folder), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
         self.log = folder / "log"
         self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

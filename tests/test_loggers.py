@@ -141,7 +141,7 @@ def test_r10_a_server_that_never_answers_costs_seconds_and_not_the_run(
     logger.log_metrics({"train/loss": 0.5}, 0)
     assert "W&B does not answer" in capsys.readouterr().out
     logger.experiment.finish()
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     assert "train/loss" in json.dumps(records(tmp_path))
     wandb.teardown()
 

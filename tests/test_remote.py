@@ -52,10 +52,10 @@ def test_http_announces_its_size(tmp_path: Path, server: FaultyServer) -> None:
 def test_the_time_out_is_of_silence_not_of_the_transfer(tmp_path: Path, server: FaultyServer) -> None:
     pytest.importorskip("aiohttp")
     server.faults["/a.tar"] = [trickle, stall]
-    fetch(f"http://{server.address}/a.tar", tmp_path / "a", timeout=0.4)  # takes 0.8 s
+    fetch(f"http://{server.address}/a.tar", tmp_path / "a", timeout=1.2)  # takes 1.6 s
     assert (tmp_path / "a").read_bytes() == DATA
     with pytest.raises(TimeoutError):
-        fetch(f"http://{server.address}/a.tar", tmp_path / "a", timeout=0.4)
+        fetch(f"http://{server.address}/a.tar", tmp_path / "a", timeout=1.2)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_process_forked_from_one_that_has_fetched(tmp_path: Path, server: Faul
         process.start()
     fetch(url, tmp_path / "a")
     for process in processes:
-        process.join(20)
+        process.join(120)
         assert process.exitcode == 0
     fetch(url, tmp_path / "a")
     assert {(tmp_path / name).read_bytes() for name in "abc"} == {DATA}
@@ -119,7 +119,7 @@ def test_a_command_that_stalls_is_ended_with_all_it_started(tmp_path: Path, comm
     began = time.monotonic()
     with pytest.raises((TimeoutError, subprocess.TimeoutExpired)):
         fetch(f"pipe:{command}", tmp_path / "a", timeout=0.3)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50
 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it() -> None:

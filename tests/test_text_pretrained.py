@@ -1,4 +1,3 @@
-import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -275,17 +274,18 @@ def tiny_conditioner(name: str) -> Conditioner:
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *SPATIAL])
-def test_missing_weights_fail_in_seconds_with_the_command_that_fetches_them(
+def test_missing_weights_fail_at_once_with_the_command_that_fetches_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     cfg = composed_conditioner(name)
-    start = time.perf_counter()
+    reached = []
+    monkeypatch.setattr("socket.socket.connect", lambda _, address: reached.append(address))
     with pytest.raises(Exception) as caught:
         config.build(cfg)
     message = config.explain(caught.value)
-    assert time.perf_counter() - start < 5
+    assert reached == []  # a download that fails would take its time
     first = nodes(cfg)[0].weights
     assert f"ldm fetch {first}" in message
     assert KNOWN[first].files[0] in message

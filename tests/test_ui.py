@@ -38,11 +38,13 @@ def trained(runs: Runs) -> Path:  # noqa: F811
 def address(trained: Path) -> Iterator[str]:
     """Of the page, served by the command."""
     command = [sys.executable, "-m", "ldm.cli", "ui", str(trained)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        line = server.stdout.readline()
-        yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
         assert server.poll() is None
-        server.terminate()
+    finally:
+        server.kill()
+        server.wait()
 
 
 def choose(shown: Tab, label: str, value: object, nth: int = 0) -> None:
@@ -144,19 +146,24 @@ def test_a_picture_is_uploaded_and_brushed_over(address: str, tmp_path: Path):
         page.get_by_text("Start from a picture").click()
         canvas = page.locator("#editor canvas").first
         canvas.wait_for()
-        page.wait_for_timeout(3000)  # before that it may drop a file in silence
-        page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "init.png")
-        canvas.scroll_into_view_if_needed()
-        page.wait_for_timeout(4000)  # it is laid out anew around the picture, at its own pace
-        box = canvas.bounding_box()
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        page.mouse.move(x, y)
-        page.mouse.down()
-        page.mouse.move(x + 20, y + 10, steps=5)
-        page.mouse.up()
-        page.wait_for_timeout(3000)  # it hands the picture over when it has come to rest
-        generate(shown)
-        told = downloaded(shown, "pictures")[0][1]
+        told = {"init": None, "mask": None}
+        for pause in (2000, 4000, 8000, 16000):  # gradio's editor drops a file or a stroke in silence until it is ready
+            page.wait_for_timeout(pause)
+            if not told["init"]:
+                page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "init.png")
+                canvas.scroll_into_view_if_needed()
+                page.wait_for_timeout(pause)  # it is laid out anew around the picture, at its own pace
+            box = canvas.bounding_box()
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.move(x, y)
+            page.mouse.down()
+            page.mouse.move(x + 20, y + 10, steps=5)
+            page.mouse.up()
+            page.wait_for_timeout(pause)  # it hands the picture over when it has come to rest
+            generate(shown)
+            told = downloaded(shown, "pictures")[0][1]
+            if told["init"] and told["mask"]:
+                break
         assert told["init"]
         assert told["mask"]
         assert told["strength"] == 0.7
@@ -173,10 +180,10 @@ def test_stop(address: str):
         page.get_by_role("button", name="Generate").click()
         page.wait_for_function("document.querySelector('#status').innerText.includes('denoising')")
         page.get_by_role("button", name="Stop").click()
-        page.wait_for_timeout(1000)
-        status = page.inner_text("#status")
-        page.wait_for_timeout(500)
-        assert page.inner_text("#status") == status
+        status, last = page.inner_text("#status"), ""
+        while status != last:  # the browser may have steps to show yet
+            page.wait_for_timeout(2000)
+            status, last = page.inner_text("#status"), status
         assert int(re.search(r"denoising, step (\d+)", status)[1]) < 100
         choose(shown, "number input for Steps", 2)
         choose(shown, "number input for Pictures", 1)

@@ -1,9 +1,15 @@
 """Networks, batches and modules small enough to run in milliseconds; their weights are functions of a seed."""
 
+import contextlib
+import multiprocessing
 import os
+import random
+import resource
 import runpy
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -110,12 +116,36 @@ def silent(module: Any) -> dict[str, Tensor]:
     return logged
 
 
+def free_port() -> int:
+    """One that nobody takes before a rank binds it, seconds later: below those that the system hands out."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 15_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 def process(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python train.py ...` as a user runs it."""
     return subprocess.run(
         [sys.executable, script, *arguments], cwd=ROOT, env=_environment() | environment, capture_output=True,
-        text=True, timeout=120, check=False,
+        text=True, timeout=600, check=False,
     )  # fmt: skip
+
+
+def workers_are_gone() -> bool:
+    """Of this process. A busy machine takes its time to end them."""
+    end = time.monotonic() + 60
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.05)
+    return not multiprocessing.active_children()
+
+
+def processor_seconds(command: list[str]) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Of a command run in the project's root, with what came of it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
 
 
 def here(script: str, *arguments: str) -> int:

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from conftest import write_shards
-from tiny import ROOT
+from tiny import ROOT, free_port
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
@@ -43,6 +42,7 @@ def start(words: Sequence[str], log: Path, rank: int = 0, world: int = 1, port: 
           first: Callable[[], None] | None = None) -> BaseProcess:  # fmt: skip
     """One rank. first: what to do in it before, a function of a module."""
     process = FORK.Process(target=_run, args=(list(words), str(log), rank, world, port, first))
+    process.daemon = True  # what a failed test leaves behind ends with pytest
     process.start()
     return process
 
@@ -50,8 +50,7 @@ def start(words: Sequence[str], log: Path, rank: int = 0, world: int = 1, port: 
 def start_ranks(words: Sequence[str], log: Path, world: int = 2,
                 first: Callable[[], None] | None = None) -> list[BaseProcess]:  # fmt: skip
     """As torchrun starts them. Each writes its own log: log.0, log.1 ..."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     return [start(words, Path(f"{log}.{rank}"), rank, world, port, first) for rank in range(world)]
 
 

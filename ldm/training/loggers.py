@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from ldm.files import cut_after
+from ldm.files import aside, cut_after
 from ldm.training.checkpointing import Checkpoint, best_of, newest
 from ldm.training.session import say
 
@@ -128,7 +128,8 @@ def wandb_logger(run_dir: str, batch_size: int, timeout: float = 30.0, **options
     folder = Path(run_dir)
     id_file = folder / "wandb_id"
     if rank_zero_only.rank == 0 and not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+        with aside(id_file) as partial:
+            partial.write_text(secrets.token_hex(4))
     identity = id_file.read_text().strip() if id_file.exists() else None  # other ranks log nothing
     offline = os.environ.get("WANDB_MODE") == "offline" or not (has_key() and _reachable())
     settings = wandb.Settings(init_timeout=timeout, finish_timeout=timeout, login_timeout=timeout)
