@@ -20,6 +20,7 @@ from ldm.config_check import ALLOWED_TARGETS, check, check_targets, leaves, refu
 from ldm.config_errors import CONFIGS, explain, mistakes_in_one_line, nearest
 from ldm.config_help import page
 from ldm.errors import UserError
+from ldm.files import aside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,7 +128,8 @@ def open_run(cfg: DictConfig) -> Path:
                     f"{run_dir} was made with {key}={before}, now it is {now}: give another name=, or delete {run_dir}"
                 )
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, saved_path, resolve=True)
+    with aside(saved_path) as partial:
+        OmegaConf.save(cfg, partial, resolve=True)
     return run_dir
 
 
@@ -173,6 +175,13 @@ def _weights(run: str | Path, command: str, at: int | None = None) -> dict[str, 
     return checkpointing.read(there[max(there) if at is None else at])
 
 
+def _average(run: str | Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """name -> averaged tensor."""
+    if "ema" not in checkpoint:
+        raise UserError(f"the run in {run} has no averaged weights (callbacks.ema=null): only ema=raw can take it")
+    return checkpoint["ema"]["weights"]
+
+
 def load_run(run: str | Path, ema: float | str | None = None, at: int | None = None) -> tuple["TrainingModule", int]:
     """A run's module under its averaged weights, in evaluation mode, and the step they are from.
 
@@ -188,10 +197,11 @@ def load_run(run: str | Path, ema: float | str | None = None, at: int | None = N
     module = build(cfg.model)
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    weights, step = checkpoint["ema"]["weights"], checkpoint["global_step"]
-    if ema not in (None, "raw"):
+    step = checkpoint["global_step"]
+    if ema is None:
+        load(module, _average(run, checkpoint))
+    elif ema != "raw":
         weights, step = power_ema.chosen(run, ema, step)
-    if ema != "raw":
         load(module, weights)
     return module.eval(), step
 
@@ -250,7 +260,7 @@ def _trained_autoencoder(run: str, command: str) -> tuple["Autoencoder", dict[st
     checkpoint = _weights(run, command)
     network = build(cfg.model.autoencoder)
     prefix = "autoencoder."
-    saved = checkpoint["state_dict"] | checkpoint["ema"]["weights"]
+    saved = checkpoint["state_dict"] | _average(run, checkpoint)
     # what the checkpoint leaves out was frozen, and has come with the network: a decoder's fine-tuning
     state = network.state_dict() | {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
     network.load_state_dict(state)
@@ -315,9 +325,9 @@ def sampling(
 
 def averaged_weights(run: str | Path) -> dict[str, Any]:
     """name -> tensor of everything that a run trains."""
-    return _weights(run, f"python train.py name={Path(run).name} ..., or import it: ldm import SOURCE {run}")["ema"][
-        "weights"
-    ]
+    return _average(
+        run, _weights(run, f"python train.py name={Path(run).name} ..., or import it: ldm import SOURCE {run}")
+    )
 
 
 def text_encoder(source: str) -> "nn.Module":

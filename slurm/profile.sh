@@ -7,7 +7,7 @@
 # export SBATCH_TIMELIMIT=24:00:00
 
 # module load cuda/12.8
-# export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5  # ranks agree on stops and saves over gloo
 # export WANDB_MODE=offline  # where compute nodes have no network; later: wandb sync runs/*/wandb/offline-run-*
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}

@@ -11,6 +11,7 @@ from ldm.keyed_random import KeyedRandom
 from ldm.models.autoencoder_vq import AutoencoderVQ
 from ldm.models.discriminator import PatchDiscriminator
 from ldm.models.quantizer import VectorQuantizer
+from ldm.training import levers
 from ldm.training.adversarial import Adversary, Hinge
 from ldm.training.autoencoder import AutoencoderModule
 from ldm.training.optim import Warmup
@@ -20,7 +21,9 @@ from ldm.training.reconstruction_loss import ReconstructionLoss
 def make(penalty_weight: float = 1e-6, distance=mse_loss, network=None, **options) -> AutoencoderModule:
     loss = ReconstructionLoss(partial(distance, reduction="none"))
     module = AutoencoderModule(network or autoencoder(), loss, penalty_weight, adam, Warmup(1), seed=0, **options)
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda value, **_: value))
+    module._trainer = SimpleNamespace(
+        strategy=SimpleNamespace(reduce=lambda value, **_: value), global_step=0, log_every_n_steps=1
+    )
     return module
 
 
@@ -128,7 +131,7 @@ def gradients(module: AutoencoderModule, part) -> dict[str, torch.Tensor]:
 
 def with_step(module: AutoencoderModule, step: int) -> AutoencoderModule:
     silent(module)
-    module._trainer = SimpleNamespace(global_step=step)
+    module._trainer = SimpleNamespace(global_step=step, log_every_n_steps=1000)
     return module
 
 
@@ -200,3 +203,14 @@ def test_a_vector_quantized_one_learns():
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])  # of noise, 16 codes keep little
     assert "train/codebook" in logged
     assert validate(module, [batch(4)])[-1]["val/usage"] > 0.3
+
+
+def test_a_compiled_autoencoder_goes_on_when_its_adversary_starts():
+    """After a step without one, whose graph torch would otherwise give away in its one backward pass."""
+    module, part = with_step(make(adversary=adversary(start=1)), 0), batch(4)
+    levers.Levers(["autoencoder.decoder"], compile="aot_eager").setup(SimpleNamespace(strategy=None), module, "fit")
+    gradients(module, part)
+    with_step(module, 1)
+    compiled, plain = gradients(module, part), gradients(with_step(make(adversary=adversary(start=1)), 1), part)
+    name = "autoencoder.decoder.conv_out.weight"
+    torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-5)

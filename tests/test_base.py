@@ -148,3 +148,17 @@ def test_scaled_gradients_are_not_clipped():
     module._trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=object()))
     with pytest.raises(UserError, match="16-mixed cannot clip gradients: use bf16-mixed"):
         module.configure_gradient_clipping(None, 1.0)
+
+
+def test_moments_come_into_their_weights_layout(tmp_path: Path):
+    """A checkpoint's may have another: channels_last has changed since, or FSDP wrote it; fused kernels read raw memory."""
+    weight = nn.Parameter(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    moment = torch.arange(96.0).view(2, 3, 4, 4)
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": moment}
+    module = Line()
+    module._trainer = SimpleNamespace(optimizers=[optimizer])
+    module.on_train_start()
+    after = optimizer.state[weight]["exp_avg"]
+    assert torch.equal(after, moment)
+    assert after.stride() == weight.stride() != moment.stride()

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from tiny import batch, latent_diffusion, silent
 from torch.utils.data import DataLoader
 
@@ -30,7 +31,16 @@ from ldm.training.ema import EMA
 
 def trainer(**changes: object) -> SimpleNamespace:
     return SimpleNamespace(
-        **({"is_global_zero": True, "sanity_checking": False, "global_step": 30, "loggers": []} | changes)
+        **(
+            {
+                "is_global_zero": True,
+                "sanity_checking": False,
+                "global_step": 30,
+                "loggers": [],
+                "precision_plugin": Precision(),
+            }
+            | changes
+        )
     )
 
 
@@ -156,6 +166,19 @@ def test_the_loss_by_noise_level_is_the_mean_of_each_level_s_samples():
     assert logged == {"train/loss_sigma/below": 1.0, "train/loss_sigma/1": 3.0, "train/loss_sigma/10": 8.0, "step": 29}
     with pytest.raises(UserError, match=r"edges=\[1, 0.5\]; give ascending noise levels"):
         LossBySigma([1, 0.5])
+
+
+def test_pictures_are_drawn_in_the_precision_of_training(tmp_path: Path):
+    drawn = []
+
+    class Seen(SampleGrid):
+        def draw(self, *_: object) -> Image.Image:
+            drawn.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return Image.new("RGB", (1, 1))
+
+    for plugin in (Precision(), MixedPrecision("bf16-mixed", "cpu")):
+        validate(Seen(str(tmp_path), 1, 1, None, 0), trainer(precision_plugin=plugin), None, [batch(1)])
+    assert drawn == [torch.float32, torch.bfloat16]
 
 
 def test_raw_and_averaged_weights_are_validated_alike():

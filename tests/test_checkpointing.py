@@ -341,3 +341,13 @@ def test_a_best_that_is_not_finite_is_never_kept(tmp_path: Path):
         callback.on_train_batch_end(trainer, None)
         callback.on_validation_end(trainer, None)
     assert best_of(tmp_path)["step"] == 2
+
+
+def test_ranks_that_found_different_checkpoints_do_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """This one is at step 5; another, to which the file system shows less, at step 3."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda steps, *_, **__: steps.copy_(torch.tensor([5, -3])))
+    cpu = SimpleNamespace(root_device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"from different steps, 3 to 5: .* does not look the same to all of them"):
+        Checkpoint(str(tmp_path), every=1).on_train_start(
+            FakeTrainer(folder=tmp_path, global_step=5, world_size=2, strategy=cpu), None
+        )

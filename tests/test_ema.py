@@ -122,6 +122,11 @@ def test_a_checkpoint_brings_the_average_back():
     assert not torch.equal(after.weights["weight"], module.weight)
 
 
+def test_a_run_without_an_average_does_not_get_one_in_the_middle():
+    with pytest.raises(UserError, match=r"no averaged weights, and callbacks.ema is set: .* callbacks.ema=null"):
+        EMA(0.9).on_load_checkpoint(None, Line(), {"state_dict": {}})
+
+
 def test_other_names_are_refused():
     with pytest.raises(UserError, match="do not fit the model: 2 names differ, the first is bias"):
         load(Line(), {"bias": torch.zeros(3)})

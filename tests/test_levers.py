@@ -1,6 +1,7 @@
 """Each lever on speed is on here once, and changes no result."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +14,15 @@ from ldm import config
 from ldm.errors import UserError
 from ldm.training.latent_diffusion import LatentDiffusionModule
 from ldm.training.levers import Levers
+from ldm.training.strategies import FullySharded
 
 BACKBONE = ["denoiser.backbone"]
+TRAINER = SimpleNamespace(strategy=None)
 
 
 def step(module: LatentDiffusionModule, **levers: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """A training step's loss and gradients."""
-    Levers(BACKBONE, **levers).setup(None, module, "fit")
+    Levers(BACKBONE, **levers).setup(TRAINER, module, "fit")
     silent(module)
     loss = module.training_step(batch(4), 0)["loss"]
     loss.backward()
@@ -70,7 +73,7 @@ def test_the_configs_name_networks_that_are_there(name: str):
         module = config.build(cfg.model)
     levers = config.build(cfg.callbacks.levers)
     assert (levers.compile, levers.channels_last) == (None, False)
-    levers.setup(None, module, "fit")
+    levers.setup(TRAINER, module, "fit")
     assert all(p.requires_grad for network in levers.networks for p in module.get_submodule(network).parameters())
 
 
@@ -83,4 +86,11 @@ def test_fused_adamw_is_the_default():
 
 def test_a_network_that_is_not_there_is_refused():
     with pytest.raises(UserError, match=r"callbacks.levers.networks: denoiser.bckbone is no network of a LatentDiff"):
-        Levers(["denoiser.bckbone"]).setup(None, latent_diffusion(), "fit")
+        Levers(["denoiser.bckbone"]).setup(TRAINER, latent_diffusion(), "fit")
+
+
+def test_channels_last_under_fsdp_is_refused():
+    with pytest.raises(UserError, match="channels_last=true: FSDP cuts plain weights only; use trainer=ddp"):
+        Levers(BACKBONE, channels_last=True).setup(
+            SimpleNamespace(strategy=FullySharded(1, 60)), latent_diffusion(), "fit"
+        )

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -96,3 +97,17 @@ def test_other_ranks_leave_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     with lock.owned(tmp_path / "run"):
         assert not (tmp_path / "run").exists()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_a_lock_that_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", none)
+    with pytest.raises(
+        UserError, match=r"cannot be locked \(Function not implemented\): put run_dir on a file system with"
+    ):
+        with lock.owned(tmp_path):
+            pass

@@ -49,7 +49,7 @@ def test_a_run_in_two_parts_is_the_run_in_one_bit_by_bit(tmp_path: Path):
             average = PowerEMA(str(folder), [0.1], every=2)
             if checkpoint is not None:
                 average.on_load_checkpoint(None, module, checkpoint)
-            trainer = SimpleNamespace(global_step=done, is_global_zero=True)
+            trainer = SimpleNamespace(global_step=done, is_global_zero=True, callbacks=[])
             average.on_train_start(trainer, module)
             for _ in range(steps):
                 done += 1
@@ -81,7 +81,7 @@ def walk(folder: Path, dtype: str, lengths: list[float], steps: int = 2000, ever
     target = torch.randn(1000, generator=generator)
     kept = PowerEMA(str(folder), [0.05, 0.1], every, dtype)
     references = PowerEMA(str(folder / "references"), lengths, every=10**9)
-    trainer = SimpleNamespace(global_step=0, is_global_zero=True)
+    trainer = SimpleNamespace(global_step=0, is_global_zero=True, callbacks=[])
     for each in (kept, references):
         each.on_train_start(trainer, module)
     for step in range(1, steps + 1):

@@ -96,3 +96,13 @@ def test_usage_and_perplexity():
 def test_bad_arguments(options: dict, message: str):
     with pytest.raises(UserError, match=message):
         VectorQuantizer(**({"codes": 4, "width": 3} | options))
+
+
+def test_codes_are_chosen_in_float32_under_autocast():
+    """bfloat16 would choose others: neighbors are close."""
+    quantizer, z = VectorQuantizer(4096, 3), vectors(2, 3, 16, 16)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.nearest(z), quantizer.nearest(z.double().float()))
+        codes = quantizer.nearest(z)
+    assert torch.equal(codes, quantizer.nearest(z))

@@ -57,7 +57,7 @@ def test_one_line_by_the_first_rank_that_lives_and_all_end(
     )  # fmt: skip
 
 
-def test_validation_saving_and_the_first_step_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_validation_saving_and_the_first_steps_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     callback = Watchdog(str(tmp_path), timeout=0.2)
     monkeypatch.setattr(os, "_exit", lambda code: pytest.fail(f"it ended the process with {code}"))
     trainer = SimpleNamespace(global_step=5, global_rank=0, world_size=2)
@@ -65,8 +65,13 @@ def test_validation_saving_and_the_first_step_are_not_watched(tmp_path: Path, mo
     callback.on_train_batch_start(trainer, None, None, 0)
     time.sleep(0.4)
     callback.on_train_batch_end(trainer)
-    trainer.global_step = 6
-    callback.on_train_batch_start(trainer, None, None, 1)
+    trainer.global_step, trainer.callbacks = 6, [callback]
+    callback.on_train_batch_start(trainer, None, None, 1)  # which compiles, where the first was counted
+    time.sleep(0.4)
+    with watchdog.unwatched(trainer, "saving"):
+        time.sleep(0.4)
+    trainer.global_step = 7
+    callback.on_train_batch_start(trainer, None, None, 2)
     callback.on_train_batch_end(trainer)
     for hook in (
         lambda: callback.on_validation_start(trainer, None),
@@ -77,7 +82,7 @@ def test_validation_saving_and_the_first_step_are_not_watched(tmp_path: Path, mo
         callback.on_validation_end(trainer, None)
     callback.on_train_end(trainer, None)
     phases = json.loads((tmp_path / "ranks" / "0.json").read_text())
-    assert phases["step"] == 6
+    assert phases["step"] == 7
 
 
 def test_one_rank_alone_is_not_watched(tmp_path: Path):

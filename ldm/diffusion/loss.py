@@ -128,7 +128,8 @@ class Uncertainty(nn.Module):
     def forward(self, denoiser: Denoiser, z: Tensor, cond: Conditioning, random: KeyedRandom) -> tuple[Tensor, Tensor]:
         loss, sigma = self.inner(denoiser, z, cond, random)
         features = (sigma.log()[:, None] / 4 * self.frequencies + self.phases).cos() * math.sqrt(2 / len(self.phases))
-        u = self.linear(features.float())[:, 0]
+        with torch.autocast(features.device.type, enabled=False):
+            u = self.linear(features.float())[:, 0]
         return loss / u.exp() + u, sigma
 
     def at_level(

@@ -68,10 +68,10 @@ class VectorQuantizer(nn.Module):
         """(B, D, h, w) -> codes (B, h, w)."""
         rows = vectors.float().movedim(1, -1).flatten(0, 2)
         book = self.embedding.weight.float()
-        # |z|^2 is the same for all rows; float32 whatever the precision of training: neighbors are close
-        norms = book.square().sum(dim=1)
-        # in parts: all distances at once would be B h w K numbers
-        codes = torch.cat([(norms - 2 * part @ book.T).argmin(dim=1) for part in rows.split(4096)])
+        norms = book.square().sum(dim=1)  # |z|^2 is the same for all rows
+        with torch.autocast(rows.device.type, enabled=False):  # neighbors are close: bfloat16 would choose others
+            # in parts: all distances at once would be B h w K numbers
+            codes = torch.cat([(norms - 2 * part @ book.T).argmin(dim=1) for part in rows.split(4096)])
         return codes.unflatten(0, (vectors.shape[0], *vectors.shape[2:]))
 
     def lookup(self, codes: Tensor) -> Tensor:

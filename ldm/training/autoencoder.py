@@ -53,14 +53,15 @@ class AutoencoderModule(TrainingModule):
         reconstruction = self.autoencoder.decode_coded(coded.latents)
         parts = self.loss(reconstruction, images)
         penalty = coded.penalty.mean()
-        self.log_dict({"train/distance": parts.distance, f"train/{coded.name}": penalty}, prog_bar=True)
+        logs = {"train/distance": parts.distance, f"train/{coded.name}": penalty}
+        self.log_dict({name: self.shared(value) for name, value in logs.items()}, prog_bar=True)
         if parts.perceptual is not None:
-            self.log("train/perceptual", parts.perceptual)
+            self.log("train/perceptual", self.shared(parts.perceptual))
         loss = parts.loss + self.penalty_weight / images[0].numel() * penalty
         if self.adversary is not None:
             last = self.autoencoder.decoder.conv_out.weight
             terms = self.adversary(images, reconstruction, parts.loss, last, self.global_step)
-            self.log_dict(terms.logs)
+            self.log_dict({name: self.shared(value) for name, value in terms.logs.items()})
             loss = loss + terms.generator + terms.discriminator
         return loss
 

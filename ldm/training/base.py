@@ -66,6 +66,19 @@ class TrainingModule(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Brings the optimizer's moments into their weights' memory layout: a checkpoint's may have another (channels_last has
+        changed, or FSDP wrote it), and fused kernels would read the one as the other."""
+        for state in (state for optimizer in self.trainer.optimizers for state in optimizer.state.items()):
+            parameter, values = state
+            for name, value in values.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    values[name] = torch.empty_like(parameter).copy_(value)
+
     def on_train_batch_start(self, *_: Any) -> None:
         # the step that Lightning logs under: its own count is one too high after some resumes
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
@@ -86,6 +99,13 @@ class TrainingModule(LightningModule):
         if gradient_clip_val:
             for part, norm in zip(self.clipped_apart(), norms, strict=True):
                 clip_norm(part, norm, gradient_clip_val)
+
+    def shared(self, value: Tensor) -> Tensor:
+        """The mean over ranks, in the steps that are logged; in others nobody reads it, and no rank waits for another."""
+        trainer = self._trainer
+        if trainer is None or (trainer.global_step + 1) % trainer.log_every_n_steps:
+            return value.detach()
+        return trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")
 
     def gradient_norms(self) -> list[Tensor]:
         """Of each part in `clipped_apart`, (): measured once a step, by the search for faults, and used by clipping."""

@@ -61,6 +61,10 @@ class ProgressBar(RichProgressBar):
     def total_train_batches(self) -> int:
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
+    def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # to read a number is to wait for the GPU
+            super()._update_metrics(trainer, pl_module)
+
     def _get_train_description(self, current_epoch: int) -> str:
         return f"{'training':{len(self.validation_description)}}"
 
@@ -94,7 +98,8 @@ class Pictures(Callback):
         batches, self.batches = self.batches, []
         if trainer.sanity_checking or not batches:
             return
-        grid = self.draw(pl_module, batches)
+        with trainer.precision_plugin.val_step_context():  # as fast as training
+            grid = self.draw(pl_module, batches)
         self.folder.mkdir(parents=True, exist_ok=True)
         grid.save(self.folder / f"step_{trainer.global_step:08d}.png")
         for logger in trainer.loggers:
@@ -170,7 +175,8 @@ class GenerationScores(SampleGrid):
         if trainer.sanity_checking or not batches:
             return
         for batch in batches:
-            images = to_uint8(pl_module.sample_as(batch, self.sampling, self.seed)).cpu()
+            with trainer.precision_plugin.val_step_context():
+                images = to_uint8(pl_module.sample_as(batch, self.sampling, self.seed)).cpu()
             for metric in self.metrics:
                 metric.update(images, batch["caption"], batch["image"].cpu())
         for metric in self.metrics:

@@ -151,6 +151,7 @@ class Checkpoint(Callback):
         self.step = trainer.global_step
         if trainer.world_size > 1 and trainer.strategy.root_device.type != "cpu":
             self.hosts = distributed.new_group(backend="gloo")
+        self._agree(trainer)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("*.partial"):
@@ -283,6 +284,18 @@ class Checkpoint(Callback):
             if not forever and not (kept and kept["step"] == step_of(old)):
                 old.unlink()
                 old.with_suffix(".json").unlink(missing_ok=True)
+
+    def _agree(self, trainer: Trainer) -> None:
+        """Each rank has looked for the newest checkpoint itself; a file system may show them different ones."""
+        steps = torch.tensor([self.step, -self.step])
+        if trainer.world_size > 1:
+            distributed.all_reduce(steps, distributed.ReduceOp.MAX, group=self.hosts)
+        last, first = steps[0].item(), -steps[1].item()
+        if first != last:
+            raise UserError(
+                f"ranks would go on from different steps, {first} to {last}: {self.folder} does not look the same to all of "
+                "them; wait until its file system has caught up, and give the same command again"
+            )
 
     def _any_rank(self, flag: bool) -> bool:
         """Whether any rank says so; all must ask together."""

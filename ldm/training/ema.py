@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ldm.errors import UserError
 from ldm.training.strategies import joined, local, part
@@ -23,9 +23,11 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
 
 
 def whole(module: nn.Module, average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's average as that of the whole model, one tensor at a time. All ranks call it together."""
-    parameters = trained(module)
-    return {name: joined(value, parameters[name]) for name, value in average.items()}
+    """This rank's average as that of the whole model. All ranks call it together; of a sharded one, the first alone keeps it:
+    each other's copy would lie in the same host's memory."""
+    parameters, first = trained(module), not distributed.is_initialized() or distributed.get_rank() == 0
+    gathered = ((name, value, joined(value, parameters[name])) for name, value in average.items())
+    return {name: full for name, mine, full in gathered if first or full is mine}
 
 
 def cut(module: nn.Module, average: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,5 +127,10 @@ class EMA(Average):
         checkpoint["ema"] = {"updates": self.updates, "weights": whole(pl_module, self.weights)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "ema" not in checkpoint:
+            raise UserError(
+                "the checkpoint has no averaged weights, and callbacks.ema is set: an average cannot begin in the middle of a "
+                "run; go on with callbacks.ema=null, or give another name="
+            )
         saved = checkpoint["ema"]
         self.updates, self.weights = saved["updates"], cut(pl_module, saved["weights"])

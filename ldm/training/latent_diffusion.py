@@ -64,7 +64,7 @@ class LatentDiffusionModule(TrainingModule):
         cond = self.drop(self.conditioner(batch, self.first_stage.latents), random)
         losses, sigma = self.loss(self.denoiser, z, cond, random)
         loss = losses.mean()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", self.shared(loss), prog_bar=True)
         return {"loss": loss, "losses": losses.detach(), "sigma": sigma}
 
     def drop(self, cond: Conditioning, random: KeyedRandom) -> Conditioning:

@@ -1,9 +1,11 @@
 """Levers on speed that change no mathematics."""
 
 import torch
+import torch._functorch.config as functorch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.errors import UserError
+from ldm.training.strategies import FullySharded
 
 
 class Levers(Callback):
@@ -17,7 +19,7 @@ class Levers(Callback):
         channels_last: the order of convolutions' weights that tensor cores read fastest (U-Nets, autoencoders).
 
     Raises:
-        UserError: a name that the module does not have (in `setup`).
+        UserError: a name that the module does not have, or channels_last under FSDP (in `setup`).
     """
 
     def __init__(self, networks: list[str], compile: str | None = None, channels_last: bool = False) -> None:  # noqa: A002
@@ -28,7 +30,12 @@ class Levers(Callback):
         for name in self.networks:
             if name not in there:
                 raise UserError(f"callbacks.levers.networks: {name} is no network of a {type(pl_module).__name__}")
+            if self.channels_last and isinstance(trainer.strategy, FullySharded):
+                raise UserError(
+                    "callbacks.levers.channels_last=true: FSDP cuts plain weights only; use trainer=ddp, or false"
+                )
             if self.channels_last:
                 there[name].to(memory_format=torch.channels_last)
             if self.compile is not None:
+                functorch.donated_buffer = False  # an adversary goes through the decoder's graph twice
                 there[name].compile(backend=self.compile)

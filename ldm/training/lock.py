@@ -1,5 +1,6 @@
 """One job at a time on a run directory: run_dir/lock names its owner, and the kernel frees it when the owner dies."""
 
+import errno
 import fcntl
 import json
 import os
@@ -54,6 +55,11 @@ def _locked(path: Path) -> TextIO:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{path} cannot be locked ({error.strerror}): put run_dir on a file system with POSIX locks (Lustre: "
+                    "mounted with -o flock)"
+                ) from error
             raise _refusal(path, _read(file)) from error
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file

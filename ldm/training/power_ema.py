@@ -19,6 +19,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.files import aside
 from ldm.training.ema import Average, cut, whole
+from ldm.training.watchdog import unwatched
 
 WIDEST = 0.28  # sigma_rel of gamma = 0, the plain mean, is 0.2887
 _STORED = ("float32", "float16", "bfloat16")
@@ -85,14 +86,16 @@ class PowerEMA(Average):
         if not self.updates or self.step == self.stored or (self.step % self.every and not last):
             return
         self.stored = self.step
-        tensors = {
-            f"{length}/{name}": value.to(self.dtype).cpu().contiguous()
-            for length, average in self.averages.items()
-            for name, value in whole(module, average).items()
-        }
-        if trainer.is_global_zero:
-            about = {"updates": str(self.updates), "lengths": json.dumps([*self.averages])}
-            write(self.folder / f"step_{self.step:08d}.safetensors", tensors, about)
+        with unwatched(trainer, "saving"):
+            tensors = {
+                f"{length}/{name}": value.to(self.dtype).cpu().contiguous()
+                for length, average in self.averages.items()
+                for name, value in whole(module, average).items()
+                if trainer.is_global_zero
+            }
+            if trainer.is_global_zero:
+                about = {"updates": str(self.updates), "lengths": json.dumps([*self.averages])}
+                write(self.folder / f"step_{self.step:08d}.safetensors", tensors, about)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_train_batch_end(trainer, pl_module)

@@ -4,6 +4,8 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,8 @@ class Mark(NamedTuple):
 
 
 class Watchdog(Callback):
-    """When a rank has stood for `timeout` seconds in one phase of training (validation, saving and the first step, which
-    compiles, are not watched), says which rank is late and in which phase, and ends the process with exit code 70.
+    """When a rank has stood for `timeout` seconds in one phase of training (validation, saving and the first two steps,
+    which compile, are not watched), says which rank is late and in which phase, and ends the process with exit code 70.
 
     A thread of each rank keeps run_dir/ranks/<r>.json up to date: a stopped process shows by its file that no longer changes,
     one that hangs by its lower count. A collective that waits for it could say neither.
@@ -53,7 +55,8 @@ class Watchdog(Callback):
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self._enter(WATCHED[1] if trainer.global_step > self.first else "in the first step", trainer)
+        # Throughput counts the first one's operations, which torch does uncompiled: the second compiles
+        self._enter(WATCHED[1] if trainer.global_step > self.first + 1 else "in the first steps", trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._enter(WATCHED[0], trainer)
@@ -109,3 +112,14 @@ class Watchdog(Callback):
                 r: f"{m.phase} of step {m.step + 1}, behind the others" for r, m in enumerate(marks) if m.count == last
             }
         return late
+
+
+@contextmanager
+def unwatched(trainer: Trainer, phase: str) -> Iterator[None]:
+    """What takes its time within, between two steps, is not taken for a rank that stands still."""
+    watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]
+    for watchdog in watchdogs:
+        watchdog._enter(phase, trainer)
+    yield
+    for watchdog in watchdogs:
+        watchdog._enter(WATCHED[0], trainer)
