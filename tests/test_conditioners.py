@@ -58,6 +58,21 @@ def test_the_null_is_the_empty_caption_in_equal_rows_encoded_once():
         assert torch.equal(part, alone.expand(5, *alone.shape[1:]))
 
 
+def test_a_frozen_encoder_makes_the_null_once_and_training_can_take_it():
+    encoder, asked = WordEncoder().requires_grad_(False), []
+    encoder.register_forward_hook(lambda *_: asked.append(1))
+    conditioner = TextConditioner(encoder, pooled=True, to_null=nn.Identity())
+    with torch.inference_mode():  # validation, before a step of training
+        conditioner.null(2)
+    null, weight = conditioner.null(3), torch.ones((), requires_grad=True)
+    (null.tokens * weight).sum().backward()
+    assert len(asked) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        conditioner.null(2)
+    assert len(asked) == 2
+    assert not any("empty" in name for name in conditioner.state_dict())
+
+
 def test_a_trained_encoder_gets_gradients_through_the_null():
     conditioner = TextConditioner(WordEncoder())
     conditioner.null(4).tokens.sum().backward()

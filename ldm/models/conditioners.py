@@ -90,6 +90,7 @@ class TextConditioner(Conditioner):
     def __init__(self, encoder: nn.Module, pooled: bool = False, to_null: nn.Module | None = None) -> None:
         super().__init__(to_null)
         self.encoder, self.pooled = encoder, pooled
+        self.empty: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}  # by where and in what
 
     def forward(self, batch: Batch, latents: Latents | None = None) -> Conditioning:
         if "text_tokens" in batch:
@@ -97,8 +98,23 @@ class TextConditioner(Conditioner):
         return self._cond(*self.encoder(batch["caption"]))
 
     def null(self, n: int, cond: Conditioning | None = None) -> Conditioning:
-        """n equal rows; encoded once."""
-        return self.to_null(self._cond(*self.encoder([""]))).expand(n)
+        """n equal rows; encoded once, by a frozen encoder once for all: T5 would cost every step of training its time."""
+        return self.to_null(self._cond(*self._empty())).expand(n)
+
+    def _empty(self) -> tuple[Tensor, Tensor, Tensor]:
+        weights = list(self.encoder.parameters())
+        if not weights or any(weight.requires_grad for weight in weights):
+            return self.encoder([""])
+        device, dtype = weights[0].device, weights[0].dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if (device, dtype) not in self.empty:
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # validation asks too, and training cannot take what it keeps
+                self.empty[device, dtype] = self.encoder([""])
+        return self.empty[device, dtype]
 
     def drop_parts(self, cond: Conditioning, null: Conditioning, random: KeyedRandom) -> Conditioning:
         """Of several encoders, each drops out on its own."""
