@@ -10,12 +10,23 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from braceexpand import braceexpand
 from conftest import write_shards
+from omegaconf import DictConfig
+from test_config import composed
+from test_configs import EXPERIMENTS
+from test_configs import commands as of_header
+from test_docs import blocks
+from test_docs import commands as of_block
+from tiny import ROOT, workers_are_gone
 from torch import Tensor, distributed, nn
 
+from ldm import config
 from ldm.batch import Batch
+from ldm.data import sources
 from ldm.data.datamodule import ShardDataModule
 from ldm.data.decode import DecodeSample
+from ldm.data.stream import count_streams
 from ldm.errors import UserError
 
 
@@ -246,7 +257,7 @@ def test_lightning_resumes_where_the_step_stopped(
     assert first.seen + second.seen + third.seen == whole.seen
     saved = torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["ShardDataModule"]
     assert saved["samples_seen"] == 56
-    assert not multiprocessing.active_children()
+    assert workers_are_gone()
 
 
 def _as_one_of_two(rank: int, rendezvous: str, shards: str, val: str, state: dict[str, Any] | None, out: Any) -> None:
@@ -288,3 +299,54 @@ def test_ranks_put_their_positions_together(tiny_val: str, tmp_path: Path) -> No
         state = state_0
     assert state["report"]["dropped"]["shard/truncated"] >= 1
     assert alone.tally().report() == state["report"]
+
+
+# --- the configs that ship ------------------------------------------------------------------------------------------
+
+
+def assert_ranks_can_share(cfg: DictConfig) -> None:
+    """Over nodes of 8 GPUs."""
+    world = cfg.trainer.get("num_nodes", 1) * (8 if cfg.trainer.devices == "auto" else cfg.trainer.devices)
+    training = len(list(braceexpand(cfg.data.shards))) - (cfg.data.val_shards is None)
+    assert count_streams(training, cfg.data.max_streams, world) >= world * cfg.data.num_workers
+    assert cfg.data.batch_size % (world * cfg.trainer.accumulate_grad_batches) == 0
+
+
+# finetune_sd composes over an imported run; `'...'` stands for any shards
+STREAMED = {path.stem: of_header(path)[0] for path in EXPERIMENTS if path.stem != "finetune_sd"}
+STREAMED = {name: words for name, words in STREAMED.items() if "data.shards=..." not in words}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_an_experiment_s_own_command_makes_enough_streams(name: str) -> None:
+    assert_ranks_can_share(composed("train", *STREAMED[name]))
+
+
+@pytest.mark.parametrize("name", [name for name, words in STREAMED.items() if "trainer.num_nodes=32" in words])
+def test_a_large_experiment_suits_any_power_of_two(name: str) -> None:
+    words = [word for word in STREAMED[name] if "num_nodes" not in word]
+    for nodes in (1, 2, 4, 8, 16, 32):
+        assert_ranks_can_share(composed("train", *words, f"trainer.num_nodes={nodes}", "data.num_workers=2"))
+
+
+def test_the_commands_of_the_page_on_scaling_make_enough_streams() -> None:
+    found = 0
+    for words in (c.words for block in blocks(ROOT / "docs" / "scaling.md") for c in of_block(block)):
+        script = next((word for word in ("train.py", "slurm/train.sbatch") if word in words), None)
+        if script:
+            options = dict(word.removeprefix("--").split("=") for word in words if word.startswith("--"))
+            keys = {"nodes": "trainer.num_nodes", "ntasks-per-node": "trainer.devices"}
+            ranks = [f"{keys[option]}={value}" for option, value in options.items()]
+            assert_ranks_can_share(composed("train", *words[words.index(script) + 1 :], *ranks))
+            found += 1
+    assert found == 4
+
+
+@pytest.mark.parametrize("callbacks", ["latent_diffusion", "autoencoder"])
+def test_a_shard_that_does_not_answer_is_given_up_before_the_watchdog_ends_the_run(callbacks: str) -> None:
+    """Behind an attempt to fetch it ahead, which began just before it was opened."""
+    for data in ("shards", "latents", "shapes", "latent_arrays"):
+        cfg = composed("train", f"data={data}", f"callbacks={callbacks}", "name=x")
+        cache = config.build(cfg.data.cache)
+        waits = [min(sources.FIRST_WAIT * 2**n, sources.LONGEST_WAIT) * 1.5 for n in range(cache.retries)]
+        assert (1 + cache.retries + 1) * cache.timeout + sum(waits) < 0.9 * cfg.callbacks.watchdog.timeout

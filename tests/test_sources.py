@@ -101,7 +101,7 @@ def test_doubles_are_found_in_linear_time() -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match=r"99999\.tar' is listed twice"):
         expand(["s3://bucket/{0..99999}.tar", "s3://bucket/99999.tar"])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_a_list_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def run_all(target: Callable[..., object], *arguments: tuple[Any, ...]) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(20)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
@@ -253,17 +253,18 @@ def test_a_shard_is_fetched_once(place: Place, folder: Path) -> None:
 @pytest.mark.parametrize("fault", [status(500), status(503), cut, stall], ids=["500", "503", "cut", "stall"])
 def test_what_may_pass_is_tried_again(place: Place, folder: Path, fault: Fault) -> None:
     url = place.put(shard(0), faults=[fault, fault])
-    assert read(make(folder, retries=2, timeout=0.4), url) == shard(0)
+    timeout = 1.5 if fault is stall else 30
+    assert read(make(folder, retries=2, timeout=timeout), url) == shard(0)
     assert place.requests(url) == 3
     url = place.put(shard(1), faults=[fault] * 2)
     with pytest.raises(BadSample, match="shard/unreachable"):
-        make(folder, retries=1, timeout=0.4).open(url)
+        make(folder, retries=1, timeout=timeout).open(url)
     assert place.requests(url) == 2
     assert len(names(folder)) == 1
 
 
 def test_slow_is_not_stalled(place: Place, folder: Path) -> None:
-    assert read(make(folder, retries=0, timeout=0.4), place.put(shard(0), faults=[trickle])) == shard(0)
+    assert read(make(folder, retries=0, timeout=1.2), place.put(shard(0), faults=[trickle])) == shard(0)
 
 
 def test_what_stays_is_not_tried_again(place: Place, folder: Path) -> None:
@@ -376,15 +377,16 @@ def test_a_process_killed_while_fetching_leaves_nothing_visible(place: Place, fo
         for _ in range(2)
     )
     first.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not list(folder.glob("*.partial")):
         assert time.monotonic() < deadline
+        time.sleep(0.01)
     second.start()
     second.join(0.3)
     assert second.is_alive()  # waits
     assert {Path(name).suffix for name in names(folder)} == {".partial", ".lock"}
     os.kill(first.pid, signal.SIGKILL)
-    second.join(10)
+    second.join(60)
     assert second.exitcode == 0
     assert [Path(name).suffix for name in names(folder)] == [".tar"]
     assert read(make(folder), url) == shard(0)
@@ -448,6 +450,93 @@ def test_a_folder_that_cannot_be_used(
 def test_numbers_out_of_range(folder: Path, numbers: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="expected 1 or more, 0 or more, more than 0 seconds"):
         make(folder, **numbers)
+
+
+# --- ahead ----------------------------------------------------------------------------------------------------------
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_was_fetched_ahead_is_there(place: Place, folder: Path) -> None:
+    cache = make(folder)
+    folder.mkdir()
+    waited, unwaited = (place.put(shard(number), faults=[trickle]) for number in range(2))
+    cache.fetch_ahead(waited)
+    until(lambda: [Path(name).suffix for name in names(folder)] == [".tar"])
+    assert read(cache, waited) == shard(0)
+    cache.fetch_ahead(unwaited)
+    until(lambda: place.requests(unwaited))
+    assert read(pickle.loads(pickle.dumps(cache)), unwaited) == shard(1)  # it waits for the one that is under way
+    assert place.requests(waited) == place.requests(unwaited) == 1
+
+
+def test_a_local_shard_is_not_fetched_ahead(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_background", None)
+    make(folder).fetch_ahead(str(tmp_path / "a.tar"))
+
+
+def test_what_fails_ahead_is_tried_and_told_once_when_it_is_opened(
+    place: Place, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    cache = make(folder, retries=1)
+    folder.mkdir()
+    once, often = place.put(shard(0), faults=[status(500)]), place.put(shard(1), faults=[status(500)] * 3)
+    for url in (once, often):
+        cache.fetch_ahead(url)
+    until(lambda: [place.requests(url) for url in (once, often)] == [1, 1] and names(folder) == [])
+    assert read(cache, once) == shard(0)
+    assert not caplog.records
+    with pytest.raises(BadSample, match="shard/unreachable"):
+        cache.open(often)
+    assert [place.requests(url) for url in (once, often)] == [2, 3]
+    assert len(caplog.records) == 1
+    assert "given up after 2 attempts" in caplog.text
+
+
+def test_a_cache_that_is_too_small_to_fetch_ahead(
+    http: Place, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sources, "AHEAD", 1)  # one after another
+    sources._background.cache_clear()
+    urls = [http.put(shard(number)) for number in range(6)]
+    cache = make(folder, max_bytes=250_000)
+    for url in urls[:5]:
+        cache.fetch_ahead(url)
+    until(lambda: caplog.records)  # the third put the first out
+    assert "raise data.cache.max_bytes" in caplog.text
+    cache.fetch_ahead(urls[5])
+    for url, number in zip(urls, range(6), strict=True):
+        assert read(cache, url) == shard(number)
+    assert [http.requests(url) for url in urls][3:] == [1, 1, 1]
+    assert sum(http.requests(url) for url in urls) <= 9
+    assert len(caplog.records) == 1
+    sources._background.cache_clear()
+
+
+def test_a_fork_fetches_ahead_by_itself_and_its_end_waits_for_nothing(place: Place, folder: Path) -> None:
+    first, second, stalled = place.put(shard(0)), place.put(shard(1)), place.put(shard(2), faults=[stall])
+    cache = make(folder, timeout=60)
+    folder.mkdir()
+    cache.fetch_ahead(first)
+    until(lambda: [Path(name).suffix for name in names(folder)] == [".tar"])
+
+    def child() -> None:
+        cache.fetch_ahead(second)
+        until(lambda: sum(name.endswith(".tar") for name in names(folder)) == 2)
+        cache.fetch_ahead(stalled)
+        until(lambda: any(name.endswith(".partial") for name in names(folder)))
+
+    began = time.monotonic()
+    run_all(child, ())
+    assert time.monotonic() - began < 25  # the server says nothing for 30 s
+    assert place.requests(second) == 1
+    assert read(cache, stalled) == shard(2)
 
 
 # --- commands and side files ----------------------------------------------------------------------------------------

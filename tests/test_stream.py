@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture, sample, write_shards, write_tar
+from faulty import FaultyServer, serving, status, trickle
 from PIL import Image
+from tiny import workers_are_gone
 
 from ldm.batch import Batch
+from ldm.data import sources
 from ldm.data.decode import DecodeSample
 from ldm.data.sources import ShardCache, expand
 from ldm.data.stream import OrderedSamples, SampleStream, Source, batches, count_streams
@@ -46,7 +49,8 @@ def rows(batch: Batch) -> list[Row]:
 def take(spec: str, n: int, rank: int = 0, world: int = 1, workers: int = 0, **options: object) -> Iterator[Batch]:
     sources = options.pop("sources", None) or [Source(expand(spec))]
     options = {"decode": DECODE, "shuffle": 4, **options}
-    stream = SampleStream(sources, seed=3, batch_size=BATCH, cache=CACHE, rank=rank, world=world, **options)
+    options.setdefault("cache", CACHE)
+    stream = SampleStream(sources, seed=3, batch_size=BATCH, rank=rank, world=world, **options)
     return itertools.islice(batches(stream, workers), n)
 
 
@@ -203,15 +207,12 @@ def test_ranks_that_cannot_share() -> None:
 
 
 def test_workers_end_with_the_loader(tiny_shards: str) -> None:
-    before = len(multiprocessing.active_children())
+    assert workers_are_gone()
     got = take(tiny_shards, 50, workers=2)
     next(got)
-    assert len(multiprocessing.active_children()) == before + 2
+    assert len(multiprocessing.active_children()) == 2
     del got
-    end = time.monotonic() + 20  # a busy machine takes its time to end them
-    while multiprocessing.active_children() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert len(multiprocessing.active_children()) == before == 0
+    assert workers_are_gone()
 
 
 def test_the_global_generator_is_left_alone(tiny_shards: str, tiny_val: str) -> None:
@@ -328,3 +329,66 @@ def test_resume_seeks(tmp_path: Path) -> None:
     batch = next(iter(stream))
     assert rows(batch) == whole[39 * BATCH :]
     assert len(opened) <= 2 * 2
+
+
+class NotAhead(ShardCache):
+    """Fetches a shard when it is opened."""
+
+    def fetch_ahead(self, path: str) -> None:
+        pass
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FaultyServer, str]]:
+    """6 shards of 12 samples behind a slow server, for two streams."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(sources, "FIRST_WAIT", 0.01)
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", [12] * 6)
+    with serving() as server:
+        for path in (tmp_path / "shards").iterdir():
+            server.files[f"/{path.name}"] = path.read_bytes()
+            server.faults[f"/{path.name}"] = [trickle] if path.suffix == ".tar" else []
+        yield server, f"http://{server.address}/{{00000..00005}}.tar"
+
+
+def test_the_next_shards_are_there_before_they_are_opened(remote: tuple[FaultyServer, str], tmp_path: Path) -> None:
+    server, spec = remote
+    found = []
+
+    class Noting(ShardCache):
+        def open(self, path: str) -> io.BufferedReader:
+            found.append(sources._use(self.folder / sources._copy_name(path)))
+            return super().open(path)
+
+    for _ in take(spec, 9, max_streams=2, cache=Noting(tmp_path / "cache", 10**9)):  # 72 samples: all, once
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "cache").glob("*.tar"))) < min(6, len(found) + 2) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert found == [False] * 2 + [True] * 4
+    assert set(server.requests.values()) == {1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fetching_ahead_changes_no_sample(remote: tuple[FaultyServer, str], tmp_path: Path, workers: int) -> None:
+    server, spec = remote
+    ahead = run(spec, 20, 1, workers, max_streams=2, cache=ShardCache(tmp_path / "ahead", 10**9))
+    assert not any(server.faults.values())  # the server is slow once
+    plain = run(spec, 20, max_streams=2, cache=NotAhead(tmp_path / "plain", 10**9))
+    assert ahead == plain == run(spec, 20, 2, workers, max_streams=2, cache=ShardCache(tmp_path / "tiny", 1))
+    assert not plain[1]
+
+
+def test_a_next_shard_that_cannot_be_reached_is_counted_once(
+    remote: tuple[FaultyServer, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, spec = remote
+    server.faults.clear()
+    got = []
+    for cache in (NotAhead(tmp_path / "plain", 10**9, retries=1), ShardCache(tmp_path / "ahead", 10**9, retries=1)):
+        caplog.clear()
+        server.faults["/00003.tar"] = [status(500)] * 9
+        got.append(run(spec, 8, max_streams=1, cache=cache))  # 64 samples: all 60, and some of the next epoch
+        assert caplog.text.count("/00003.tar: given up after 2 attempts") == len(caplog.records) == 1
+    assert got[0] == got[1]
+    assert got[1][1] == {"shard/unreachable": 12}  # as many samples as its side file promises

@@ -17,13 +17,15 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, ENOSPC, EROFS
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
+from queue import SimpleQueue
 from random import SystemRandom
-from threading import Event
+from threading import Event, Thread
 from typing import BinaryIO
 from uuid import uuid4
 
@@ -38,6 +40,7 @@ MAX_SHARDS = 1_000_000
 MAX_LIST = 2**28  # bytes of one list file
 MAX_SIDECAR = 2**26  # bytes
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts, doubled each time
+AHEAD = 2  # shards that one process fetches ahead at a time
 ABANDONED = 3600.0  # seconds without a byte, after which a partial file is nobody's
 RACES = 20  # times in a row that others may remove a copy between its arrival and its opening
 
@@ -141,14 +144,17 @@ class ShardCache:
         folder: on a local disk; made when the first copy arrives. Only the cache's own files in it are ever removed.
         max_bytes: of all copies. The ones being fetched come on top, and one that is larger still works.
         retries: further attempts after a failure that may pass, each after about twice the time.
-        timeout: seconds without a byte after which an attempt has failed; a slow transfer may take any time.
+        timeout: seconds without a byte after which an attempt has failed; a slow transfer may take any time. With all
+            retries and waits that is 86 s, and 101 s behind an attempt to fetch ahead: a shard that does not answer has to be
+            given up and counted before callbacks.watchdog, at 120 s, takes its reader for dead. (gs:// takes longer: gcsfs
+            tries six times an attempt.)
 
     Raises:
         UserError: a number out of range (here); a package that is missing, or a folder that cannot be used (when copying).
     """
 
     def __init__(
-        self, folder: str | Path = FOLDER, max_bytes: int = 2**36, retries: int = 4, timeout: float = 30.0
+        self, folder: str | Path = FOLDER, max_bytes: int = 2**36, retries: int = 4, timeout: float = 15.0
     ) -> None:
         if max_bytes < 1 or retries < 0 or not timeout > 0:
             raise UserError(
@@ -158,6 +164,8 @@ class ShardCache:
         self.folder = Path(folder).expanduser().absolute()
         self.max_bytes, self.retries, self.timeout = max_bytes, retries, timeout
         self._absent: set[str] = set()  # side files that are not there
+        self._ahead: dict[str, list[str]] = {}  # shards to be opened soon -> the copy, once it is there
+        self._too_small = False  # for copies that wait
 
     def local(self, path: str) -> str:
         """Path of a local file that holds the shard: a local path itself, or of a copy made now or before.
@@ -169,6 +177,17 @@ class ShardCache:
         """
         return self._local(path, None)
 
+    def fetch_ahead(self, path: str) -> None:
+        """Have a remote shard copied by a thread of this process, to be there when it is opened. That changes nothing else:
+        one attempt is made, and what fails is left to `open`, which tries for itself.
+
+        In a cache that cannot hold what waits, copies would be fetched twice: the first one that is removed before it was
+        opened ends this for the process.
+        """
+        if scheme_of(path) and not self._too_small:
+            arrived = self._ahead[path] = []
+            _background(os.getpid()).put(partial(self._fetch_ahead, path, arrived))
+
     def open(self, path: str) -> BinaryIO:
         """The shard opened for reading; it stays whole until closed.
 
@@ -176,6 +195,7 @@ class ShardCache:
             BadSample: see `local`.
             OSError: a local path that cannot be opened.
         """
+        self._ahead.pop(path, None)
         return self._open(path, None)
 
     def sidecar(self, path: str, ending: str) -> bytes | None:
@@ -184,6 +204,7 @@ class ShardCache:
         Raises:
             BadSample: "shard/sidecar too large" (MAX_SIDECAR bytes), "shard/sidecar unreadable", "shard/unreachable".
         """
+        self._ahead.pop(path, None)  # whoever asks is about to open the shard, or gives it up for this
         if scheme_of(path) == "pipe":
             return None
         head, mark, query = path.partition("?") if scheme_of(path) else (path, "", "")
@@ -207,6 +228,14 @@ class ShardCache:
             raise BadSample("shard/sidecar too large")
         return data
 
+    def _fetch_ahead(self, path: str, arrived: list[str]) -> None:
+        if not self._too_small and any(copy and not os.path.exists(copy[0]) for copy in list(self._ahead.values())):
+            self._too_small = True
+            _log.warning("%s: too small to fetch shards ahead; raise data.cache.max_bytes", self.folder)
+        if not self._too_small and self._ahead.get(path) is arrived:  # else it was opened meanwhile
+            with suppress(Exception):  # whatever it is, `open` meets it
+                arrived.append(self._local(path, None, ahead=True))
+
     def _open(self, path: str, limit: int | None) -> BinaryIO:
         for _ in range(RACES):
             try:
@@ -216,7 +245,7 @@ class ShardCache:
                     raise
         raise BadSample("shard/unreachable")
 
-    def _local(self, path: str, limit: int | None) -> str:
+    def _local(self, path: str, limit: int | None, ahead: bool = False) -> str:
         if not scheme_of(path):
             return path
         copy = self.folder / _copy_name(path)
@@ -225,7 +254,7 @@ class ShardCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with _locked(copy.with_name(f"{copy.name}.lock")):
                     if not _use(copy):  # another process may have fetched it meanwhile
-                        self._fetch(path, copy, limit)
+                        self._fetch(path, copy, limit, ahead)
         except OSError as error:  # what the network raises has become a BadSample
             raise UserError(
                 f"cache folder {str(self.folder)!r}: {error.strerror}; use a local disk with room for more than "
@@ -233,11 +262,12 @@ class ShardCache:
             ) from error
         return str(copy)
 
-    def _fetch(self, path: str, copy: Path, limit: int | None) -> None:
+    def _fetch(self, path: str, copy: Path, limit: int | None, ahead: bool) -> None:
+        retries = 0 if ahead else self.retries  # who opens it meanwhile waits, and then has all of its own
         for left in self.folder.glob(f"{copy.name}.*.partial"):  # by a process that died: this one holds the lock
             left.unlink(missing_ok=True)
         self._evict(copy)
-        for attempt in range(self.retries + 1):
+        for attempt in range(retries + 1):
             if attempt:  # at random, lest all workers come back together; not from the seeded generators
                 wait = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
                 Event().wait(wait * SystemRandom().uniform(0.5, 1.5))
@@ -252,8 +282,9 @@ class ShardCache:
                 reason, cause = final_reason(error), type(error).__name__
             if reason:  # raised out here: the cause's message may hold the query
                 raise BadSample(reason)
-            if attempt == self.retries:
-                _log.warning("%s: given up after %d attempts (%s)", shown(path), attempt + 1, cause)
+            if attempt == retries:
+                if not ahead:
+                    _log.warning("%s: given up after %d attempts (%s)", shown(path), attempt + 1, cause)
                 raise BadSample("shard/unreachable")
         self._evict(copy)
 
@@ -291,6 +322,20 @@ class ShardCache:
                 break
             Path(path).unlink(missing_ok=True)
             total -= size
+
+
+@cache  # by process: a fork does not copy threads
+def _background(process: int) -> SimpleQueue[Callable[[], None]]:
+    """What is put there, this process's threads run. They are daemons: its end does not wait for them."""
+    jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+    for _ in range(AHEAD):
+        Thread(target=_run_all, args=(jobs,), daemon=True, name="fetch ahead").start()
+    return jobs
+
+
+def _run_all(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        jobs.get()()
 
 
 def _copy_name(path: str) -> str:

@@ -11,6 +11,7 @@ Not of ranks, of workers, or of when the run was stopped. How:
                it has begun before.
     shuffle    within a shard, each block of `shuffle` samples is permuted. Pictures are decoded after that.
     ranks      rank r of W takes the positions g % W == r: with S a multiple of W, these are the slots s % W == r.
+    ahead      while a stream reads a remote shard, its next one is fetched: shards of one length end together.
     workers    share a rank's slots; each gives its part of a batch, and the parts are put together by index.
     resume     a stream's cursor is (turn, position in the shard after shuffling): reading goes on from there.
 """
@@ -164,6 +165,9 @@ class SampleStream(IterableDataset[Batch]):
                     if first + len(block) > done:
                         order = _permutation(len(block), self.seed, f"samples/{stream}/{turn}/{first}")
                         for i in range(max(0, done - first), len(block)):
+                            # at the second sample: when a run starts, the first shard of every stream comes before
+                            if file and first + i == done + 1:
+                                self.cache.fetch_ahead(self._shard(stream, turn + 1))
                             yield Place(path, file, block[order[i]], turn, first + i + 1)
             turn, done = turn + 1, 0
 
