@@ -1,6 +1,5 @@
 """Score a run: its own config and averaged weights, its validation captions, one result for each setting of a sweep."""
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -10,10 +9,13 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from ldm import config
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from ldm.evaluation.scoring import Reference, Result, Round
     from ldm.training.base import TrainingModule
+
+PRECISIONS = ("32-true", "bf16-mixed")  # as Lightning calls them
 
 
 def prepare(argv: list[str]) -> None:
@@ -26,20 +28,25 @@ def prepare(argv: list[str]) -> None:
 
 
 def load(cfg: DictConfig, ema: float | str | None) -> tuple["TrainingModule", int]:
-    import torch
+    from ldm.evaluation.generate import Ranks
 
     module, step = config.load_run(cfg.checkpoint) if ema is None else config.load_run(cfg.checkpoint, ema)
-    cuda = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return module.to(cuda if torch.cuda.is_available() else "cpu"), step
+    return module.to(Ranks.of_environment().device()), step
 
 
 def rounds(
     cfg: DictConfig, module: "TrainingModule", step: int, reference: "Reference", floor: "Reference | None"
 ) -> Iterator["Round"]:
     """Real pictures where there are others, reconstructions, and each setting of the sweep; one module at a time."""
+    from ldm.evaluation.generate import Sample, in_bfloat16
     from ldm.evaluation.scoring import Round
     from ldm.training.base import digest
     from ldm.training.ema import trainable
+
+    dtype = {} if cfg.precision == "32-true" else {"dtype": cfg.precision}  # without, ids are what they always were
+
+    def computed(make: Sample) -> Sample:
+        return in_bfloat16(make, module.device.type) if dtype else make
 
     if floor is not None:
         others, images = floor.protocol(), floor.images
@@ -50,7 +57,8 @@ def rounds(
     weights = digest(trainable(module))[:16]
     if reference.images is not None:
         seen = digest(module.first_stage.state_dict())[:16] if samples else weights  # whatever average is asked for
-        yield Round("reconstruction", partial(module.reconstruct, reference.images), {"made": "reconstruction"}, seen)
+        make = computed(partial(module.reconstruct, reference.images))
+        yield Round("reconstruction", make, {"made": "reconstruction", **dtype}, seen)
     if not samples:
         return
     sweep = cfg.sweep
@@ -66,6 +74,7 @@ def rounds(
         how = {
             "weights": "ema" if ema is None else f"average {ema}, step {step}",
             "dtype": str(module.dtype).removeprefix("torch."),
+            **dtype,
         }
         average = "default" if ema is None else ema
         if isinstance(ema, str):
@@ -80,7 +89,8 @@ def rounds(
             **how,
             "noise": "keyed by (seed, index of the caption)",
         }
-        yield Round(label, partial(module.sample, config.build(cfg.sampling), **made), protocol, weights, swept)
+        make = computed(partial(module.sample, config.build(cfg.sampling), **made))
+        yield Round(label, make, protocol, weights, swept)
 
 
 def log(cfg: DictConfig, results: list["Result"], step: int) -> None:
@@ -110,9 +120,11 @@ def main(cfg: DictConfig) -> None:
     from ldm.evaluation.scoring import Reference, evaluate
     from ldm.training.autoencoder import AutoencoderModule
 
+    if cfg.precision not in PRECISIONS:
+        raise UserError(f"precision={cfg.precision} is unknown here; give {' or '.join(PRECISIONS)}")
     ranks = Ranks.of_environment()
     if ranks.world > 1:
-        distributed.init_process_group("gloo")
+        ranks.meet()
     module, step = load(cfg, (cfg.sweep.ema or [cfg.ema])[0])
     metrics = config.build_each(cfg.metrics)
     pretrained = [

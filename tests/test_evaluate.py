@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from test_cli import run as ldm  # noqa: F401
 from test_config import composed, demo  # noqa: F401
 from test_end_to_end import Runs, runs  # noqa: F401
 from test_loggers import records
-from tiny import ROOT, here
+from tiny import ROOT, free_port, here
 
 from ldm import config
 from ldm.batch import to_uint8
@@ -87,7 +88,51 @@ def pictures(run: Path, start: str) -> torch.Tensor:
     return torch.cat([_read(path) for path in sorted(folder.glob("*.tar"))])
 
 
-def test_two_ranks_and_a_stopped_run_give_the_same_pictures_and_scores(runs: Runs, straight: list[str]):  # noqa: F811
+def two_ranks_by_hand(words: list[str]) -> list[str]:
+    """What each printed."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "evaluate.py", *words],
+            cwd=ROOT, env=os.environ | world | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    shown = [rank.communicate(timeout=600)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    return shown
+
+
+def two_ranks_by_the_batch_script(words: list[str], folder: Path) -> list[str]:
+    """The same, with stand-ins for SLURM's own programs. The number of the job is one that gives it a free port."""
+    srun = """
+        [[ $1 == --kill-on-bad-exit=1 && $2 == --cpus-per-task=1 ]] && shift 2
+        export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2
+        for rank in 0 1; do
+            SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" > "$SHOWN/$rank" &
+            pids+=($!)
+        done
+        for each in "${pids[@]}"; do wait "$each" || exit; done
+    """
+    programs = {
+        "srun": srun,
+        "scontrol": '[[ $2 == hostnames ]] && echo n1 || echo "   NodeAddr=127.0.0.1 NodeHostName=n1"\n',
+    }  # fmt: skip
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (folder / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(free_port() - 15000), "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
+           "SLURM_LOCALID": "0", "SHOWN": str(folder), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
+           "PATH": f"{folder}:{os.environ['PATH']}"}  # fmt: skip
+    subprocess.run(["bash", "slurm/evaluate.sbatch", *words], cwd=ROOT, env=os.environ | job, timeout=600, check=True)
+    return [(folder / rank).read_text() for rank in "01"]
+
+
+def test_two_ranks_and_a_stopped_run_give_the_same_pictures_and_scores(
+    runs: Runs,  # noqa: F811
+    straight: list[str],
+    tmp_path: Path,
+):
     run = runs.folder / "straight"
     evaluation = run / "evaluation"
     shutil.rmtree(evaluation, ignore_errors=True)
@@ -100,29 +145,62 @@ def test_two_ranks_and_a_stopped_run_give_the_same_pictures_and_scores(runs: Run
     assert here("evaluate.py", *straight, "batch_size=5") == 0  # resumed
     resumed, again = results(run), pictures(run, "step6-guidance1.5")
 
-    shutil.rmtree(evaluation)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "evaluate.py", *straight, "batch_size=3"]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | world | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    shown = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert "caption_accuracy/all" in shown[0]
-    assert shown[1] == ""
+    found = [(again, resumed)]
+    for start in (two_ranks_by_hand, partial(two_ranks_by_the_batch_script, folder=tmp_path)):
+        shutil.rmtree(evaluation)
+        shown = start([*straight, "batch_size=3"])
+        assert "caption_accuracy/all" in shown[0]
+        assert shown[1] == ""
+        found.append((pictures(run, "step6-guidance1.5"), results(run)))
 
     assert images.shape[0] == 40
-    for other, scores in ((again, resumed), (pictures(run, "step6-guidance1.5"), results(run))):
+    for other, scores in found:
         assert (other != images).double().mean() <= 1e-4
         for name, result in first.items():
             assert scores[name]["metrics"] == pytest.approx(result["metrics"], rel=1e-4, abs=1e-6)
             assert scores[name]["protocol"] == result["protocol"]
+
+
+def test_bfloat16_is_another_protocol_and_gives_nearly_the_same_pictures(
+    runs: Runs,  # noqa: F811
+    straight: list[str],
+    capsys: pytest.CaptureFixture[str],
+):
+    run = runs.folder / "straight"
+    words = [*straight, "n=16", "metrics=[shapes,reconstruction]"]
+    both = {}
+    for precision in ("32-true", "bf16-mixed"):
+        shutil.rmtree(run / "evaluation", ignore_errors=True)
+        assert here("evaluate.py", *words, f"precision={precision}") == 0
+        both[precision] = results(run)
+        made = {name: pictures(run, name).float() for name in both[precision]}
+        both[precision] = {name: (result, made[name]) for name, result in both[precision].items()}
+    assert both["32-true"].keys() == both["bf16-mixed"].keys() == {"step6-reconstruction", "step6-guidance1.5"}
+    for name, (result, images) in both["32-true"].items():
+        other, others = both["bf16-mixed"][name]
+        assert (result["protocol"].get("dtype", "float32"), other["protocol"]["dtype"]) == ("float32", "bf16-mixed")
+        assert result["protocol"]["id"] != other["protocol"]["id"]
+        assert other["under"] == f"{result['under']}/bf16-mixed"
+        assert 0 < (images - others).abs().mean() < 1  # of 255
+
+    capsys.readouterr()
+    assert here("evaluate.py", *words, "precision=16-mixed") == 2
+    assert capsys.readouterr().err == "error: precision=16-mixed is unknown here; give 32-true or bf16-mixed\n"
+
+
+def test_ranks_that_know_no_place_to_meet_are_refused_in_one_line(
+    runs: Runs,  # noqa: F811
+    straight: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("STEP_ID", "0"), ("STEP_NUM_TASKS", "2"), ("PROCID", "1"), ("LOCALID", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    capsys.readouterr()
+    assert here("evaluate.py", *straight) == 2
+    assert re.fullmatch("error: rank 1 of 2 cannot find the others without MASTER_ADDR .*\n", capsys.readouterr().err)
 
 
 def test_a_sweep_with_pretrained_features_has_a_floor_a_table_and_a_curve(

@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.evaluation.generate import SHARD, Ranks, generate, kept, shards, stamp
+from ldm.evaluation.generate import SHARD, Ranks, generate, in_bfloat16, kept, shards, stamp
 
 N = 3 * SHARD + 5
 CAPTIONS = [f"caption {i}" for i in range(N)]
@@ -123,14 +125,87 @@ def test_too_many_ranks_are_refused(tmp_path: Path):
         list(generate(sample, CAPTIONS, 4, tmp_path, Ranks(0, 5)))
 
 
-def test_ranks_are_those_of_torchrun(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert Ranks.of_environment() == (0, 1)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert Ranks.of_environment() == (2, 3)
+BATCH = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_TASKS_PER_NODE": "8",
+}
+TASK = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, (0, 1, 0)),
+        (TORCHRUN, (2, 3, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "3"}, (2, 3, 0)),
+        (TASK, (5, 8, 1)),
+        ({name: value for name, value in TASK.items() if name != "SLURM_STEP_NUM_TASKS"}, (5, 8, 1)),
+        ({**TASK, **TORCHRUN}, (2, 3, 1)),  # srun torchrun
+        (BATCH, (0, 1, 0)),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, (0, 1, 0)),  # a shell of salloc on the login node
+        ({**BATCH, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),  # and on a compute node
+    ],
+    ids=["alone", "torchrun", "by hand", "srun", "srun without a step's count", "torchrun in srun", "batch script",
+         "salloc", "interactive step"],
+)  # fmt: skip
+def test_ranks_are_those_of_torchrun_or_of_a_job_step(
+    environment: dict[str, str], ranks: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+):
+    cleared(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Ranks.of_environment() == ranks
+
+
+def cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("SLURM_", "MASTER_")) or name in TORCHRUN:
+            monkeypatch.delenv(name)
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert [Ranks(8 + i, 16, i).device().index for i in range(8)] == [*range(8)]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # bound by SLURM
+    assert Ranks(13, 16, 5).device() == torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert Ranks(13, 16, 5).device() == torch.device("cpu")
+
+
+def test_ranks_wait_for_each_other_for_a_day_where_they_are_told_to_meet(monkeypatch: pytest.MonkeyPatch):
+    cleared(monkeypatch)
+    joined: list[dict[str, object]] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **how: joined.append(how))
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    with pytest.raises(
+        UserError, match=r"rank 1 of 2 cannot find the others without MASTER_ADDR: start them by torchrun"
+    ):
+        Ranks(1, 2).meet()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    Ranks(1, 2).meet()
+    assert joined == [{"rank": 1, "world_size": 2, "timeout": timedelta(days=1)}]
+
+
+def test_ranks_share_in_order():
     assert list(Ranks(2, 3).share(10)) == [6, 7, 8, 9]
+
+
+def test_networks_compute_in_bfloat16_and_sums_do_not():
+    weight = torch.randn(3, 3)
+    seen: list[torch.dtype] = []
+
+    def make(captions: list[str], index: Tensor) -> Tensor:
+        seen.extend([(weight @ weight).dtype, (weight + weight).dtype])
+        return weight
+
+    assert in_bfloat16(make, "cpu")([], torch.arange(0)) is weight
+    assert seen == [torch.bfloat16, torch.float32]
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_other_weights_pictures_are_refused(tmp_path: Path):

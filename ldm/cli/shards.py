@@ -1,6 +1,5 @@
 """`ldm shards`: make, check and index shards of captioned pictures; cache latents and text."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,16 +110,16 @@ def encode(
 ) -> None:
     """Write the first stage's posterior moments of every picture, as shards for data=latents. The same command resumes.
 
-    Several GPUs share the shards: torchrun --nproc-per-node 8 -m ldm.cli shards encode ...
+    Several GPUs share the shards: torchrun --nproc-per-node 8 -m ldm.cli shards encode ..., or the tasks of srun.
     """
-    import torch
-
     from ldm import config
     from ldm.data.sources import ShardCache, expand
+    from ldm.evaluation.generate import Ranks
     from ldm.training.caching import CacheEncoder
 
     command = "python train.py experiment=..."
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    ranks = Ranks.of_environment()
+    device = ranks.device()
     encoder = CacheEncoder(
         config.first_stage(first_stage, command).to(device),
         side or config.run_config(first_stage, command).data.side,
@@ -129,9 +128,8 @@ def encode(
         batch_size,
         workers,
     )
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    tally = encoder(expand(shards), out, ShardCache(), rank, world)
-    _told(tally.report(), f"{out}, rank {rank} of {world}")
+    tally = encoder(expand(shards), out, ShardCache(), ranks.rank, ranks.world)
+    _told(tally.report(), f"{out}, rank {ranks.rank} of {ranks.world}")
 
 
 @app.command()

@@ -10,13 +10,14 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ldm.batch import to_uint8
 from ldm.errors import UserError
@@ -27,14 +28,44 @@ SHARD = 16  # pictures of a shard; a stop loses these or a batch
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes this is: torchrun's and srun's RANK and WORLD_SIZE."""
+    """Which of how many processes this is, and which of those on its machine."""
 
     rank: int = 0
     world: int = 1
+    local: int = 0
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))))
+        """By torchrun's variables; else by SLURM's, in a job step of srun."""
+        env = os.environ
+        if "RANK" in env:
+            return cls(int(env["RANK"]), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+        if "SLURM_STEP_ID" not in env:  # a batch script has the rest, and is one process
+            return cls()
+        # SLURM_NTASKS may be the allocation's, in the one shell that salloc opens in it
+        world = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1
+        return cls(int(env["SLURM_PROCID"]), int(world), int(env["SLURM_LOCALID"]))
+
+    def device(self) -> torch.device:
+        """A GPU of its own. SLURM may show each process that one alone: hence the modulo."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local % torch.cuda.device_count())
+
+    def meet(self) -> None:
+        """Joins the process group, through which metrics gather.
+
+        Raises:
+            UserError: it is not said where.
+        """
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise UserError(
+                f"rank {self.rank} of {self.world} cannot find the others without {' and '.join(missing)}: start them by "
+                "torchrun or slurm/evaluate.sbatch, which set both; or a single one, srun --ntasks=1"
+            )
+        # a day, not half an hour: a rank that is done waits for the slowest, which may have hours more to make, for instance
+        # where another number of ranks goes on with what was stopped
+        distributed.init_process_group("gloo", rank=self.rank, world_size=self.world, timeout=timedelta(days=1))
 
     def share(self, n: int) -> range:
         """This rank's of n things: consecutive, so that the ranks' results joined in order are in order.
@@ -58,6 +89,19 @@ def shards(n: int) -> int:
 
 def rows_of(shard: int, n: int) -> slice:
     return slice(shard * SHARD, min((shard + 1) * SHARD, n))
+
+
+def in_bfloat16(sample: Sample, device: str) -> Sample:
+    """The same with its matrix products and convolutions in bfloat16, as trainer.precision=bf16-mixed trains.
+
+    device: "cuda", "cpu": its type.
+    """
+
+    def cast(captions: list[str], index: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return sample(captions, index)
+
+    return cast
 
 
 def generate(

@@ -67,9 +67,10 @@ def refuse_incomparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
 
 
 def under(protocol: Mapping[str, Any]) -> str:
-    """What a logged score's name ends in: n30000/cfg3, with what else was swept or is not an average's."""
-    sampling = protocol.get("sampling")
+    """What a logged score's name ends in: n30000/cfg3, with what else was swept or is not an average's, or float32."""
+    sampling, dtype = protocol.get("sampling"), protocol.get("dtype", "float32")
+    precision = "" if dtype == "float32" else f"/{dtype}"
     if sampling is None:
-        return f"n{protocol['n']}/{protocol['made']}"
+        return f"n{protocol['n']}/{protocol['made']}{precision}"
     ema = "" if protocol["weights"] == "ema" else f"/{protocol['weights']}"
-    return f"n{protocol['n']}/cfg{sampling['guidance'].get('scale', 1):g}/steps{sampling['steps']}{ema}"
+    return f"n{protocol['n']}/cfg{sampling['guidance'].get('scale', 1):g}/steps{sampling['steps']}{ema}{precision}"
