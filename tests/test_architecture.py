@@ -98,7 +98,7 @@ def code_lines(path: Path) -> int:
 def test_the_library_is_small():
     """Past the 6,000 that the design hopes for. About half of it is what the project exists for (diffusion, models, the stream,
     the loop); the rest are tools around it: making and checking shards, weights in and out, reports, the command."""
-    assert sum(code_lines(path) for path in FILES) < 12_600
+    assert sum(code_lines(path) for path in FILES) < 12_750
 
 
 TEST_FILES = {"ldm/cli/__main__.py": "test_cli.py", "ldm/cli/ema.py": "test_power_ema.py",

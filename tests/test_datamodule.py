@@ -81,6 +81,14 @@ def test_ranks_that_cannot_share(tiny_shards: str, tiny_val: str) -> None:
     as_rank(make("/nowhere.tar", tiny_val), 0, 3).setup("validate")  # which needs no training shards
 
 
+def test_every_rank_has_something_to_validate(tiny_shards: str, tiny_val: str) -> None:
+    """Lightning would stop the ranks without, and leave the others waiting for them."""
+    with pytest.raises(
+        UserError, match=r"3 validation samples leave some of 4 ranks without; give more by data.val_sh"
+    ):
+        as_rank(make(tiny_shards, tiny_val, val_samples=3), 0, 4).setup("fit")
+
+
 def test_workers_that_would_have_nothing_to_read(tiny_shards: str, tiny_val: str) -> None:
     as_rank(make(tiny_shards, tiny_val, num_workers=4), 0, 2).setup("fit")
     with pytest.raises(

@@ -79,13 +79,18 @@ class DataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Find what is wrong with the data before the first step."""
-        share = self._rank_and_world()[1] * self.accumulate
+        _, world = self._rank_and_world()
+        share = world * self.accumulate
         if stage == "fit" and self.batch_size % share:
             raise UserError(
-                f"data.batch_size={self.batch_size} cannot be split over {share // self.accumulate} ranks x "
-                f"{self.accumulate} accumulation steps; use a multiple of {share}"
+                f"data.batch_size={self.batch_size} cannot be split over {world} ranks x {self.accumulate} accumulation steps; "
+                f"use a multiple of {share}"
             )
-        assert len(self.val) > 0
+        if stage == "fit" and len(self.val) < world:
+            raise UserError(
+                f"{len(self.val)} validation samples leave some of {world} ranks without; give more by data.val_shards, "
+                "data.val_samples"
+            )
 
     def train_dataloader(self) -> "Loader":
         """`steps * accumulate` batches in all, from the first not yet consumed when it is iterated."""
