@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from ldm import signatures
 from ldm.errors import MissingError, UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -55,7 +56,7 @@ def explain(error: BaseException) -> str | None:
             name = str(cause.missing_cfg_file)
             return f"there is no {name}{nearest(name.rpartition('/')[2], cause.options)}"
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and cause.parent_node is not None:
-            return unknown(str(cause.full_key), cause.parent_node)
+            return _unlisted(str(cause.full_key), cause.parent_node) or unknown(str(cause.full_key), cause.parent_node)
         if isinstance(cause, TypeError) and isinstance(error, InstantiationException):
             wrong = re.search(r"unexpected keyword argument '(\w+)'|missing \d+ required .*", str(cause))
             if wrong:
@@ -127,6 +128,15 @@ def unknown(key: str, beside: DictConfig, takes: Iterable[str] = ()) -> str:
         if found:
             return f"unknown key {key}; did you mean {min(found, key=len)}?"
     return f"unknown key {key}{nearest(last, siblings)}"
+
+
+def _unlisted(key: str, beside: DictConfig) -> str | None:
+    """The line about an argument that the node's object takes, where the yaml does not name it."""
+    with suppress(signatures.UnknownName):
+        takes = signatures.signature(beside._target_) if "_target_" in beside else None
+        if takes is not None and key.rpartition(".")[2] in takes.takes:
+            return f"{key} is not listed in the yaml: add it with a plus sign, as in +{key}=..."
+    return None
 
 
 def names(node: Any, path: str = "") -> Iterator[str]:

@@ -56,6 +56,7 @@ TYPOS = {  # command line -> what its one line says
     D + "+logger.projct=x": "unknown key logger.projct; did you mean project?",
 }
 VALUES = {
+    "trainer.fast_dev_run=true": "is not listed in the yaml: add it with a plus sign, as in +trainer.fast_dev_run=...",
     "name=x data.side=32": "data.shards is required: give data.shards=...",
     D + "~model.backbone.channels": "model.backbone.channels is required: ldm.models.unet.UNet takes it",
     D + "trainer.max_steps=010": "trainer.max_steps=010 is text; it takes a number",
