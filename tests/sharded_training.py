@@ -45,6 +45,7 @@ class Case(NamedTuple):
     steps: int = STEPS
     gan: bool = False
     resume: str = ""
+    precision: str = "32-true"
 
 
 CASES = {
@@ -66,6 +67,8 @@ SLOW = {
     "hsdp": Case(4, "hsdp"),
     "fsdp to ddp": Case(2, "ddp", resume="fsdp"),
     "hsdp to fsdp": Case(2, "fsdp", resume="hsdp"),
+    "ddp bf16": Case(2, "ddp", steps=6, precision="bf16-mixed"),
+    "fsdp bf16": Case(2, "fsdp", steps=6, precision="bf16-mixed"),
     "gan": Case(1, steps=6, gan=True),
     "gan ddp": Case(2, "ddp", steps=6, gan=True),
     "gan fsdp": Case(2, "fsdp", steps=6, gan=True),
@@ -105,7 +108,8 @@ class Watch(pl.Callback):
         if trainer.is_global_zero and not isinstance(module, AutoencoderModule):
             cond = module.conditioner(batch)
             z = torch.ones(len(batch["key"]), 2, 4, 4)
-            self.validation.append(float(module.denoiser(z, torch.ones(len(z)), cond).square().sum()))
+            with trainer.precision_plugin.val_step_context():
+                self.validation.append(float(module.denoiser(z, torch.ones(len(z)), cond).square().sum()))
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.save(trainer, "end.ckpt")
@@ -141,7 +145,7 @@ def train(case: Case, shards: str, val: str, out: Path, name: str) -> None:
     trainer = pl.Trainer(
         accelerator="cpu", devices=case.world, strategy=strategy(case.strategy, case.accumulate), max_steps=case.steps,
         max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, num_sanity_val_steps=0, gradient_clip_val=0.5,
+        use_distributed_sampler=False, num_sanity_val_steps=0, gradient_clip_val=0.5, precision=case.precision,
         accumulate_grad_batches=case.accumulate, check_val_every_n_epoch=None,
         val_check_interval=(case.steps - 2) * case.accumulate, callbacks=[*averages, Throughput(run_dir), Watch(folder)],
     )  # fmt: skip

@@ -161,6 +161,18 @@ def test_an_autoencoder_against_an_adversary_that_starts_late(slow_out: Path, na
     torch.testing.assert_close(many, one, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_fsdp_under_bf16_is_ddp_under_it(slow_out: Path):
+    """Blocks are gathered in bfloat16, to which autocast would round their weights; what is kept stays float32."""
+    ddp, fsdp = losses(slow_out, "ddp bf16"), losses(slow_out, "fsdp bf16")
+    torch.testing.assert_close(fsdp, ddp, rtol=0, atol=1e-3)
+    plain = losses(slow_out, "1x8")[: len(ddp)]
+    assert not torch.equal(ddp, plain)
+    torch.testing.assert_close(ddp, plain, rtol=0, atol=0.02)
+    weights = saved(slow_out, "fsdp bf16")["state_dict"].values()
+    assert {weight.dtype for weight in weights if weight.is_floating_point()} == {torch.float32}
+
+
 def test_ddp_leaves_frozen_networks_out():
     module = latent_diffusion()
     module.configure_model()

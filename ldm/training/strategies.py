@@ -12,7 +12,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -78,7 +78,7 @@ def shard(module: LightningModule, mesh: DeviceMesh) -> None:
     """Cuts what is trained into parts, one a rank; frozen networks stay whole.
 
     The denoiser's blocks are gathered one at a time, all else before the step: a method of a conditioner or an autoencoder may
-    use any weight.
+    use any weight. Under bf16-mixed blocks are gathered in bfloat16, half the bytes of what autocast would make of them.
 
     Args:
         mesh: (copies of the model, parts of each).
@@ -93,9 +93,12 @@ def shard(module: LightningModule, mesh: DeviceMesh) -> None:
             raise UserError(f"{name} is a scalar that is trained, which FSDP cannot cut: use trainer=ddp")
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     data = mesh if mesh.size(0) > 1 else mesh["tensor_parallel"]
+    own, half = MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    mixed = getattr(module._trainer, "precision", None) == "bf16-mixed"
     for each in (*blocks(getattr(module, "denoiser", nn.Module())), module):
         if any(parameter.requires_grad for parameter in each.parameters()):
-            fully_shard(each, mesh=data, ignored_params=frozen)
+            policy = half if mixed and each is not module else own
+            fully_shard(each, mesh=data, mp_policy=policy, ignored_params=frozen)
             each.set_force_sum_reduction_for_comms(mesh.device_type == "cpu")  # gloo knows no average
     register_fsdp_forward_method(module, "training_step")
 
