@@ -1,1 +1,1 @@
-"""Text-to-image latent diffusion: everything meets at D(x; sigma, cond). See README.md for the file map."""
+"""Text-to-image latent diffusion: everything meets at D(x; sigma, cond). docs/house.md has the file map."""

@@ -142,5 +142,5 @@ for scheme in ("s3", "gs", "http", "https"):
         "https://",
     ]
     assert [line.partition("pip ")[2] for line in done.stdout.splitlines()] == [
-        f'install "ldm[{extra}]"' for extra in ("s3", "gcs", "http", "http")
+        f"install -e '.[{extra}]'" for extra in ("s3", "gcs", "http", "http")
     ]

@@ -224,7 +224,7 @@ def test_the_command_refuses(run, trained: Path, runs: Runs, tmp_path: Path, mon
     assert (code, "give another --host or --port" in stderr) == (2, True)
     monkeypatch.setattr(cli, "find_spec", lambda _: None)
     code, _, stderr = run("ui", trained)
-    assert (code, stderr) == (4, "error: ldm ui needs Gradio: pip install 'ldm[ui]'\n")
+    assert (code, stderr) == (4, "error: ldm ui needs Gradio: pip install -e '.[ui]'\n")
 
 
 def test_steps_are_seen_as_they_come_and_closing_stops_the_work():

@@ -16,7 +16,7 @@ def ema(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", show_default="RUN/ema/length_...")] = None,
 ) -> None:
-    """Reconstruct a run's average of any length, for evaluate.py checkpoint=RUN ema=FILE: `ldm ema runs/demo --length 0.07`."""
+    """Reconstruct a run's average of any length, for evaluate.py ... ema=FILE: `ldm ema runs/averaged --length 0.07`."""
     from ldm.training import power_ema
 
     path, made = power_ema.save(run, length, at, out)

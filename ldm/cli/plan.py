@@ -31,7 +31,7 @@ def plan(
 
     `ldm plan experiment=sd2_512_v trainer.devices=8 --gpu H100 --price 2.5`
 
-    The published runs of Stable Diffusion v2 reach 0.28 (A100) to 0.36 (H200) of the peak, which --mfu changes.
+    The published runs of Stable Diffusion v2 at 512 px reach 0.28 (A100) to 0.37 (H200) of the peak, which --mfu changes.
     """
     from json import dumps
 
@@ -168,7 +168,7 @@ def _show(facts: dict[str, Any]) -> None:
         )
         screen.print(
             f"  {cost['hours']:,.1f} hours ({cost['hours'] / 24:,.1f} days), {cost['gpu_hours']:,.0f} GPU hours"
-            + (f" for {cost['money']:,.0f} in money" if "money" in cost else ""),
+            + (f"; in money: {cost['money']:,.0f}, at --price" if "money" in cost else ""),
             highlight=False,
         )
     for note in facts["notes"]:

@@ -33,7 +33,7 @@ def ui(
 
     config.run_config(run)
     if find_spec("gradio") is None:
-        raise MissingError("ldm ui needs Gradio: pip install 'ldm[ui]'")
+        raise MissingError("ldm ui needs Gradio: pip install -e '.[ui]'")
     with TemporaryDirectory() as folder:  # Gradio reads these when it is imported
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
         os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")  # it calls itself

@@ -121,7 +121,7 @@ def _connected(scheme: str, timeout: float, pid: int) -> fsspec.AbstractFileSyst
     try:
         return store.connect(timeout)
     except ImportError:
-        raise UserError(f'{scheme}:// needs a package that is missing; pip install "ldm[{store.extra}]"') from None
+        raise UserError(f"{scheme}:// needs a package that is missing; pip install -e '.[{store.extra}]'") from None
 
 
 def _run(path: str, partial: Path, timeout: float, meter: Meter) -> None:
