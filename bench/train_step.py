@@ -59,7 +59,7 @@ class Ours:
             seed=0,
         )
         self.module.log = lambda *_, **__: None
-        self.module._trainer = SimpleNamespace(precision_plugin=None)
+        self.module._trainer = SimpleNamespace(precision_plugin=None, global_step=0, log_every_n_steps=50)
         made = self.module.configure_optimizers()
         self.optimizer, self.schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
         self.trainer = SimpleNamespace(global_step=0, world_size=1)

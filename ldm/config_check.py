@@ -4,7 +4,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +205,23 @@ def _check_object(node: DictConfig, path: str) -> None:
         if key not in takes.takes:
             rule = OmegaConf.is_config(node[key]) and "_target_" in node[key]  # of guidance
             if not takes.rest or (not rule and difflib.get_close_matches(key, takes.takes, cutoff=0.8)):
-                raise UserError(unknown(f"{path}.{key}", node, takes.takes))
+                raise UserError(_not_taken(f"{path}.{key}", node, takes.takes))
         elif not OmegaConf.is_interpolation(node, key):  # which is checked where it points to
             _check_kind(f"{path}.{key}", node[key], takes.takes[key])
     needed = takes.needs - given
     if needed and not node.get("_partial_") and "_args_" not in node:
         raise UserError(f"{path}.{min(needed)} is required: {target} takes it, and it is not given")
+
+
+def _not_taken(key: str, node: DictConfig, takes: Mapping[str, Any]) -> str:
+    """By the object that the node makes. An experiment may give what another choice than its own has no use for."""
+    place, _, name = key.rpartition(".")
+    group = place.replace(".", "/")
+    chosen = HydraConfig.get().runtime.choices.get(group)
+    typed = any(override.lstrip("+~").startswith(key) for override in HydraConfig.get().overrides.task)
+    if chosen is None or typed or difflib.get_close_matches(name, takes):
+        return unknown(key, node, takes)
+    return f"{group}={chosen} takes no {key}, which the experiment gives: leave it out with '~{key}'"
 
 
 def _check_kind(path: str, node: Any, kind: signatures.Place | None) -> None:

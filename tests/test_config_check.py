@@ -56,6 +56,8 @@ TYPOS = {  # command line -> what its one line says
     D + "+logger.projct=x": "unknown key logger.projct; did you mean project?",
 }
 VALUES = {
+    "experiment=clipart data=latent_arrays data.folder=x": "data=latent_arrays takes no data.decode, which the experiment gives: "
+    "leave it out with '~data.decode'",
     "trainer.fast_dev_run=true": "is not listed in the yaml: add it with a plus sign, as in +trainer.fast_dev_run=...",
     "name=x data.side=32": "data.shards is required: give data.shards=...",
     D + "~model.backbone.channels": "model.backbone.channels is required: ldm.models.unet.UNet takes it",

@@ -116,6 +116,8 @@ def test_options_that_read_a_latent_cache(tmp_path: Path):
     config.check(columns)
     assert config.build(tars.data).stamp == config.build(columns.data).stamp == Stamp.read(cache)
     assert config.build(tars.model.conditioner).null(2).tokens.shape == (2, 4, 8)
+    packed = composed("train", "experiment=clipart", "data=latent_arrays", f"data.folder={arrays}", "~data.decode")
+    assert config.plain(packed)["model"]["first_stage"]["command"].endswith("clipart_autoencoder data.shards='...'")
     for option, key in CACHED.items():
         group = "model/conditioner" if option == "cached_text" else "data"
         with pytest.raises(UserError, match=f"{key}.* is required|give.* {key}="):
