@@ -109,10 +109,8 @@ class TextConditioner(Conditioner):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         if (device, dtype) not in self.empty:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # validation asks too, and training cannot take what it keeps
+            # validation asks too, and training cannot take what inference mode made
+            with torch.inference_mode(False), torch.no_grad():
                 self.empty[device, dtype] = self.encoder([""])
         return self.empty[device, dtype]
 

@@ -69,15 +69,12 @@ class TrainingModule(LightningModule):
     def on_train_start(self) -> None:
         """Brings the optimizer's moments into their weights' memory layout: a checkpoint's may have another (channels_last has
         changed, or FSDP wrote it), and fused kernels would read the one as the other."""
-        for state in (state for optimizer in self.trainer.optimizers for state in optimizer.state.items()):
-            parameter, values = state
-            for name, value in values.items():
-                if (
-                    isinstance(value, Tensor)
-                    and value.shape == parameter.shape
-                    and value.stride() != parameter.stride()
-                ):
-                    values[name] = torch.empty_like(parameter).copy_(value)
+        states = [state for optimizer in self.trainer.optimizers for state in optimizer.state.items()]
+        for parameter, state in states:
+            moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
+            for name, moment in moments.items():
+                if moment.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter).copy_(moment)
 
     def on_train_batch_start(self, *_: Any) -> None:
         # the step that Lightning logs under: its own count is one too high after some resumes

@@ -122,9 +122,8 @@ def wandb_logger(run_dir: str, batch_size: int, timeout: float = 30.0, **options
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")  # the banner says where the run is
-    os.environ.pop(
-        "WANDB_SERVICE", None
-    )  # that of whoever started this process may still hold the id of this run's last life
+    # that of whoever started this process may still hold the id of this run's last life
+    os.environ.pop("WANDB_SERVICE", None)
     folder = Path(run_dir)
     id_file = folder / "wandb_id"
     if rank_zero_only.rank == 0 and not id_file.exists():
